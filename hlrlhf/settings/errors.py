@@ -1,0 +1,28 @@
+"""One error for all that is wrong with the settings of a call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong: `where` names the setting, value and origin, `what` says what to do."""
+
+    where: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}"
+
+
+class SettingsError(Exception):
+    """The settings cannot be used; carries every problem that was found.
+
+    Args:
+        problems: at least one.
+    """
+
+    def __init__(self, problems: list[Problem]):
+        self.problems = problems
+        super().__init__("\n".join(str(problem) for problem in problems))

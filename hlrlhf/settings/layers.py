@@ -1,0 +1,290 @@
+"""default < preset < file < environment < flag: one way from layers to validated settings."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import yaml
+from pydantic import ValidationError
+
+from hlrlhf.settings import checks, presets, yamlfile
+from hlrlhf.settings.errors import Problem, SettingsError
+from hlrlhf.settings.names import (
+    ALIASES,
+    Setting,
+    nearest,
+    settings_by_env,
+    settings_by_name,
+)
+from hlrlhf.settings.schema import Settings
+
+OriginKind = Literal["default", "preset", "file", "environment", "flag", "missing"]
+
+
+class Origin(NamedTuple):
+    """Where a value came from: the layer, and the place in it."""
+
+    kind: OriginKind
+    place: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.place}".rstrip()
+
+
+class Given(NamedTuple):
+    """A value and where it came from."""
+
+    value: Any
+    origin: Origin
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The settings of a call, each with its origin.
+
+    Attributes:
+        settings: validated and frozen. With `missing`, mandatory texts hold a placeholder.
+        values: every setting by dotted name, in the schema's order.
+        preset: the preset's name as it was asked for, if one was.
+        missing: mandatory settings that no layer gave, one problem each.
+    """
+
+    settings: Settings
+    values: dict[str, Given]
+    preset: str | None
+    missing: tuple[Problem, ...] = ()
+
+    def is_default(self, name: str) -> bool:
+        """Whether nobody set this value."""
+        return self.values[name].origin.kind == "default"
+
+
+def resolve(
+    preset: str | None = None,
+    files: Sequence[Path] = (),
+    environ: Mapping[str, str] | None = None,
+    flags: Sequence[str] = (),
+    *,
+    allow_missing: bool = False,
+) -> Resolved:
+    """Merge the layers and validate the outcome.
+
+    Args:
+        preset: a preset's name, or a path to one.
+        files: YAML files of settings; later ones win.
+        environ: the environment, of which the ``HL_*`` variables are read.
+        flags: ``name=value`` texts; later ones win.
+        allow_missing: report missing mandatory settings in the result instead of raising.
+
+    Raises:
+        SettingsError: with all that is wrong, the missing mandatory settings included.
+    """
+    environ = environ or {}
+    problems: list[Problem] = []
+    layers: list[dict[str, Given]] = []
+    sources = [("preset", presets.find(preset, environ))] if preset else []
+    sources += [("file", path) for path in files]
+    for kind, path in sources:
+        try:
+            layers.append(dict(_from_file(kind, path, problems)))
+        except SettingsError as error:
+            problems += error.problems
+    layers.append(dict(_from_environment(environ, problems)))
+    layers.append(dict(_from_flags(flags, problems)))
+
+    merged: dict[str, Given] = {}
+    for layer in layers:
+        merged.update(layer)
+    missing = [
+        Problem(setting.name, f"is not set; give {setting.env}, or --set {setting.name}=…")
+        for setting in settings_by_name().values()
+        if setting.mandatory and setting.name not in merged
+    ]
+    if problems or (missing and not allow_missing):
+        raise SettingsError(problems + missing + _invalid(merged))
+    settings = _validate(merged)
+    values = {
+        name: _final(settings, setting, merged.get(name))
+        for name, setting in settings_by_name().items()
+    }
+    contradictions = list(checks.contradictions(settings, values))
+    if contradictions:
+        raise SettingsError(contradictions)
+    return Resolved(settings, values, preset, tuple(missing))
+
+
+def load(path: Path) -> Settings:
+    """The settings of one complete file, such as ``settings.yaml`` in a run directory.
+
+    Raises:
+        SettingsError: see `resolve`.
+    """
+    return resolve(files=[path]).settings
+
+
+def dump(resolved: Resolved) -> str:
+    """The settings as YAML, complete, each value with its origin in a comment."""
+    lines = [
+        "# Every setting of this run, and where it came from. The trainer reads this file only.",
+        "# To run it again: hlrlhf submit --config THIS_FILE",
+    ]
+    previous: list[str] = []
+    for name, given in resolved.values.items():
+        *groups, key = name.split(".")
+        if groups and groups != previous:
+            lines.append(f"{groups[0]}:")
+        previous = groups
+        text = yaml.safe_dump(
+            given.value, default_flow_style=True, width=10**9, allow_unicode=True
+        ).removesuffix("\n...\n")
+        indent = "  " * len(groups)
+        lines.append(f"{indent}{key}: {text.rstrip()}  # {_comment(given.origin)}")
+    return "\n".join(lines) + "\n"
+
+
+def _comment(origin: Origin) -> str:
+    return "".join(char if char.isprintable() else "?" for char in str(origin))
+
+
+def _from_file(kind: str, path: Path, problems: list[Problem]) -> Iterator[tuple[str, Given]]:
+    for name, leaf in yamlfile.read(path).items():
+        place = f"{path}:{leaf.line}"
+        setting = settings_by_name().get(name)
+        if setting is None:
+            problems.append(Problem(f"{name} ({kind} {place})", _unknown(name, settings_by_name())))
+        else:
+            value = leaf.value
+            if setting.is_list and isinstance(value, str | int | float):
+                value = [value]
+            yield name, Given(value, Origin(kind, place))  # type: ignore[arg-type]
+
+
+def _from_environment(
+    environ: Mapping[str, str], problems: list[Problem]
+) -> Iterator[tuple[str, Given]]:
+    known = settings_by_env()
+    for variable in sorted(name for name in environ if name.startswith("HL_")):
+        env = ALIASES.get(variable, variable)
+        text = environ[variable]
+        if env not in known:
+            problems.append(
+                Problem(f"{variable} (environment)", _unknown(variable, [*known, *ALIASES]))
+            )
+        elif env != variable and environ.get(env, text) != text:
+            problems.append(
+                Problem(
+                    f"{variable}={text} (environment)",
+                    f"is another name of {env}, which is {environ[env]!r}; set one of them",
+                )
+            )
+        else:
+            yield from _parse(known[env], text, Origin("environment", variable), problems)
+
+
+def _from_flags(flags: Sequence[str], problems: list[Problem]) -> Iterator[tuple[str, Given]]:
+    known = settings_by_name()
+    for flag in flags:
+        name, equals, text = flag.partition("=")
+        if not equals:
+            problems.append(Problem(f"--set {flag}", "must have the form name=value"))
+        elif name not in known:
+            problems.append(Problem(f"{name} (flag --set)", _unknown(name, known)))
+        else:
+            yield from _parse(known[name], text, Origin("flag", "--set"), problems)
+
+
+def _unknown(name: str, known: Mapping[str, Setting] | list[str]) -> str:
+    return f"no such setting{nearest(name, known) or '; `hlrlhf show` lists them all'}"
+
+
+def _parse(
+    setting: Setting, text: str, origin: Origin, problems: list[Problem]
+) -> Iterator[tuple[str, Given]]:
+    """A value given as text: lists are split as a shell splits words, or are YAML in [ ]."""
+    value: Any = text
+    if not text and setting.nullable:
+        value = None
+    elif setting.is_list:
+        try:
+            value = yaml.safe_load(text) if text.startswith("[") else shlex.split(text)
+        except (yaml.YAMLError, ValueError) as error:
+            reason = str(error).replace("\n", " ")
+            problems.append(
+                Problem(_where(setting.name, text, origin), f"cannot be split: {reason}")
+            )
+            value = [text]
+    yield setting.name, Given(value, origin)
+
+
+def _where(name: str, value: Any, origin: Origin) -> str:
+    return f"{name} = {value!r} ({origin})"
+
+
+# Stands in for a mandatory text while the rest of the settings is validated.
+_PLACEHOLDER = "missing"
+
+
+def _validate(merged: dict[str, Given]) -> Settings:
+    problems = _invalid(merged)
+    if problems:
+        raise SettingsError(problems)
+    return Settings.model_validate(_nested(merged))
+
+
+def _invalid(merged: dict[str, Given]) -> list[Problem]:
+    problems = []
+    known = settings_by_name()
+    for name, given in merged.items():
+        # pydantic would take true for 1, and true for "True".
+        if isinstance(given.value, bool) and not known[name].is_bool:
+            problems.append(_problem(known[name], given, f"must be {_article(known[name].type)}"))
+    wrong = {problem.where for problem in problems}
+    try:
+        Settings.model_validate(_nested(merged))
+    except ValidationError as error:
+        for item in error.errors():
+            name = ".".join(part for part in item["loc"] if isinstance(part, str))
+            while name not in known:
+                name = name.rpartition(".")[0]
+            message = item["msg"][0].lower() + item["msg"][1:]
+            problem = _problem(known[name], merged[name], message)
+            if problem.where not in wrong:
+                problems.append(problem)
+    return problems
+
+
+def _problem(setting: Setting, given: Given, message: str) -> Problem:
+    allowed = f"; allowed: {setting.type}" + (f", {setting.allowed}" if setting.allowed else "")
+    return Problem(_where(setting.name, given.value, given.origin), message + allowed)
+
+
+def _article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def _nested(merged: dict[str, Given]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, setting in settings_by_name().items():
+        given = merged.get(name)
+        if given is None and not setting.mandatory:
+            continue
+        value = given.value if given else [_PLACEHOLDER] if setting.is_list else _PLACEHOLDER
+        *groups, key = name.split(".")
+        branch = tree
+        for group in groups:
+            branch = branch.setdefault(group, {})
+        branch[key] = value
+    return tree
+
+
+def _final(settings: Settings, setting: Setting, given: Given | None) -> Given:
+    if given is None and setting.mandatory:
+        return Given(None, Origin("missing"))
+    value: Any = settings
+    for part in setting.name.split("."):
+        value = getattr(value, part)
+    return Given(value, given.origin if given else Origin("default"))

@@ -1,0 +1,385 @@
+"""Every setting of a run: the only list of them.
+
+A setting's dotted name (``actor.learning_rate``) follows from where it stands below, and its
+environment name (``HL_ACTOR_LEARNING_RATE``) from the dotted name, see `names`. The command-line
+help, ``hlrlhf show``, the error texts and ``docs/settings.md`` are all made from these fields.
+
+A field's ``unit`` stands in ``json_schema_extra``; a field without a default is mandatory.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+Device = Literal["hpu", "cuda", "cpu"]
+ContainerKind = Literal["none", "apptainer", "pyxis", "docker"]
+
+# Values that reach a shell, an #SBATCH line or a path must not carry control characters:
+# a newline there would start a line of its own, whatever the quoting.
+Text = Annotated[str, StringConstraints(min_length=1, pattern=r"^[^\x00-\x1f\x7f]*$")]
+ShellLine = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x08\x0a-\x1f\x7f]*$")]
+Tag = Annotated[
+    str, StringConstraints(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+]
+SlurmTime = Annotated[
+    str,
+    StringConstraints(
+        pattern=r"^(UNLIMITED|\d+|\d+:\d{1,2}(:\d{1,2})?|\d+-\d{1,2}(:\d{1,2}){0,2})$"
+    ),
+]
+SlurmMemory = Annotated[str, StringConstraints(pattern=r"^\d+[KMGT]?$")]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+ZeroStage = Annotated[int, Field(ge=0, le=3)]
+UpToOne = Annotated[float, Field(ge=0, le=1)]
+
+
+def unit(name: str) -> dict[str, Any]:
+    """The ``json_schema_extra`` that gives a field its unit."""
+    return {"unit": name}
+
+
+class Group(BaseModel):
+    """Base of all groups of settings: frozen, no unknown names, no infinities."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        coerce_numbers_to_str=True,
+        # ``model_path`` is a setting, not one of pydantic's own attributes.
+        protected_namespaces=(),
+    )
+
+
+class Actor(Group):
+    """The policy that is trained."""
+
+    model_path: Text = Field(
+        description="Actor checkpoint: a Hugging Face folder or Hub name; the reference starts "
+        "from it too."
+    )
+    learning_rate: Rate = Field(1e-5, description="Peak learning rate of the actor.")
+    weight_decay: NonNegative = Field(
+        0.0, description="AdamW weight decay of the actor, on matrices only."
+    )
+    dropout: Fraction = Field(0.0, description="Dropout in the actor while it trains.")
+    cp_act: bool = Field(
+        False, description="Activation checkpointing in the actor: less memory, more compute."
+    )
+    zero_stage: ZeroStage = Field(1, description="DeepSpeed ZeRO stage of the actor.")
+
+
+class Critic(Group):
+    """The value model that is trained."""
+
+    model_path: Text = Field(
+        description="Critic checkpoint: a DeepSpeed-Chat step-2 folder, or a Hugging Face "
+        "sequence classifier with one label."
+    )
+    learning_rate: Rate = Field(1e-5, description="Peak learning rate of the critic.")
+    weight_decay: NonNegative = Field(
+        0.0, description="AdamW weight decay of the critic, on matrices only."
+    )
+    dropout: Fraction = Field(0.0, description="Dropout in the critic while it trains.")
+    cp_act: bool = Field(
+        False, description="Activation checkpointing in the critic: less memory, more compute."
+    )
+    zero_stage: ZeroStage = Field(1, description="DeepSpeed ZeRO stage of the critic.")
+
+
+class Reward(Group):
+    """The frozen model that scores answers."""
+
+    model_path: Text | None = Field(
+        None, description="Reward checkpoint, in the critic's formats; unset: the critic's."
+    )
+    clip: Rate = Field(5.0, description="Scores are clipped to plus and minus this value.")
+
+
+class Lora(Group):
+    """Low-rank adapters on the linear layers of actor and critic."""
+
+    dim: Count = Field(0, description="Rank of the adapters; 0 trains without LoRA.")
+    alpha: Rate = Field(
+        1.0, description="Adapter outputs are scaled by alpha / dim; 1 is what step 3 has used."
+    )
+    actor_lr: Rate = Field(5e-4, description="Peak learning rate of the actor's adapters.")
+    critic_lr: Rate = Field(5e-4, description="Peak learning rate of the critic's adapters.")
+
+
+class Hpz(Group):
+    """ZeRO++ secondary partition inside a node."""
+
+    enabled_actor: bool = Field(
+        False, description="hpZ for the actor: a second ZeRO-3 partition within each node."
+    )
+    enabled_critic: bool = Field(
+        False, description="hpZ for the critic: a second ZeRO-3 partition within each node."
+    )
+
+
+class Dataset(Group):
+    """Where prompts come from."""
+
+    path: Annotated[list[Text], Field(min_length=1)] = Field(
+        description="Prompt data: folders from save_to_disk, Hub names, JSON, JSONL, parquet or "
+        "CSV files; several are blended."
+    )
+    weights: list[Rate] | None = Field(
+        None,
+        description="Share of each data set in the blend, one number per path; unset: all rows "
+        "of all.",
+    )
+    split: Text = Field("train", description="Split to read where a data set has splits.")
+    prompt_column: Text | None = Field(
+        None,
+        description="Column that holds the prompt; unset: `prompt`, else `messages`, else the "
+        "`chosen` transcript.",
+    )
+    max_prompt_tokens: Positive = Field(
+        256,
+        description="Longer prompts are dropped, and counted.",
+        json_schema_extra=unit("tokens"),
+    )
+
+
+class Generation(Group):
+    """How answers are sampled."""
+
+    max_new_tokens: Positive = Field(
+        256, description="Longest answer.", json_schema_extra=unit("tokens")
+    )
+    temperature: Rate = Field(
+        1.0, description="Sampling temperature; the same one scales policy and reference log-probs."
+    )
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="Nucleus sampling: smallest set of tokens with this probability; 1 is off."
+    )
+    top_k: Count = Field(0, description="Sample among the k likeliest tokens; 0 is off.")
+
+
+class Ppo(Group):
+    """The PPO update."""
+
+    epochs: Positive = Field(1, description="Passes over each rollout.")
+    kl_coefficient: NonNegative = Field(
+        0.1, description="Weight of the per-token KL penalty against the reference."
+    )
+    clip_range: Rate = Field(0.2, description="Clip range of the policy ratio.")
+    value_clip_range: Rate = Field(0.2, description="Clip range of the value update.")
+    gamma: UpToOne = Field(1.0, description="Discount factor.")
+    gae_lambda: UpToOne = Field(0.95, description="Lambda of generalised advantage estimation.")
+
+
+class Optimizer(Group):
+    """AdamW, for actor and critic."""
+
+    beta1: Fraction = Field(0.9, description="AdamW's first-moment decay.")
+    beta2: Fraction = Field(0.95, description="AdamW's second-moment decay.")
+    epsilon: Rate = Field(1e-8, description="AdamW's epsilon.")
+    gradient_clipping: NonNegative = Field(
+        1.0, description="Largest global gradient norm of each model; 0 is off."
+    )
+    lr_scheduler: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="Learning-rate schedule after the warm-up."
+    )
+
+
+class Hpu(Group):
+    """Intel Gaudi."""
+
+    lazy_mode: bool = Field(
+        False, description="Run in lazy mode (PT_HPU_LAZY_MODE=1) rather than eager mode."
+    )
+    recipe_cache_path: Text | None = Field(
+        None, description="Folder on a node-local disk for compiled recipes; unset: no cache."
+    )
+    recipe_cache_size: Positive = Field(
+        4096, description="Largest size of the recipe cache.", json_schema_extra=unit("MB")
+    )
+
+
+class Slurm(Group):
+    """Directives of the batch script; each is left out when unset."""
+
+    partition: Text | None = Field(None, description="--partition")
+    account: Text | None = Field(None, description="--account")
+    qos: Text | None = Field(None, description="--qos")
+    time: SlurmTime | None = Field(
+        None,
+        description="--time: the limit, as minutes, M:S, H:M:S, D-H, D-H:M or D-H:M:S.",
+    )
+    gres_name: Text | None = Field(
+        "auto",
+        description="Name in --gres; auto: hpu or gpu after the device, none on CPU; empty: no "
+        "--gres.",
+    )
+    gres_type: Text | None = Field(
+        None, description="Type in --gres, as in gpu:HL-225:8; needs a name."
+    )
+    constraint: Text | None = Field(None, description="--constraint")
+    reservation: Text | None = Field(None, description="--reservation")
+    exclude: Text | None = Field(None, description="--exclude: nodes to avoid.")
+    nodelist: Text | None = Field(None, description="--nodelist: nodes to have.")
+    exclusive: bool = Field(False, description="--exclusive: whole nodes.")
+    mem: SlurmMemory | None = Field(None, description="--mem: memory per node; 0 is all of it.")
+    mem_per_cpu: SlurmMemory | None = Field(None, description="--mem-per-cpu")
+    mem_per_gpu: SlurmMemory | None = Field(None, description="--mem-per-gpu")
+    cpus_per_task: Positive | None = Field(
+        None, description="--cpus-per-task: cores of each rank, given to sbatch and srun."
+    )
+    mail_type: Text | None = Field(None, description="--mail-type")
+    mail_user: Text | None = Field(None, description="--mail-user")
+    comment: Text | None = Field(None, description="--comment")
+    dependency: Text | None = Field(
+        None, description="--dependency; a job whose dependency failed is ended, not kept."
+    )
+    requeue: bool = Field(
+        False,
+        description="--requeue or --no-requeue: whether Slurm may start the job again, from its "
+        "first step, after a node failure.",
+    )
+    signal_lead: Positive | None = Field(
+        None,
+        description="Warn the run this long before its time limit, so that it stops after the "
+        "step in hand and saves its models.",
+        json_schema_extra=unit("seconds"),
+    )
+    extra: list[Text] = Field(
+        [], description="Further directives, each as it stands after #SBATCH."
+    )
+    srun_args: list[Text] = Field([], description="Further arguments of srun, one each.")
+    template: Text | None = Field(
+        None, description="Site template, a path or a name on the search path; unset: ours."
+    )
+
+
+class Container(Group):
+    """The container that each rank runs in."""
+
+    kind: ContainerKind = Field("none", description="Container runtime.")
+    image: Text | None = Field(None, description="Image: a file, a name or a URI.")
+    mounts: list[Text] = Field(
+        [],
+        description="Further mounts, source:target; the run, the models and the data are mounted "
+        "anyway.",
+    )
+    args: list[Text] = Field([], description="Further arguments of the runtime, one each.")
+
+
+class Environment(Group):
+    """The environment of each rank."""
+
+    setup: list[ShellLine] = Field(
+        [], description="Shell lines to run first on the first node, such as module load."
+    )
+    python: Text = Field("python3", description="Python that has hlrlhf[train].")
+
+
+class Settings(Group):
+    """All settings of a run."""
+
+    tag: Tag = Field(
+        description="Name of the run: letters, digits, dot, dash and underscore, at most 64."
+    )
+    base_out_path: Text = Field(description="Folder in which each run gets its directory.")
+    num_nodes: Positive = Field(1, description="Nodes.")
+    devices_per_node: Positive = Field(8, description="Devices, and so ranks, on each node.")
+    device: Device = Field("hpu", description="What the ranks run on.")
+    dtype: Literal["bf16", "fp32"] = Field(
+        "bf16", description="Precision of the models; losses are always fp32."
+    )
+    seed: Count = Field(1, description="Seed of everything random.")
+    mbs: Positive = Field(
+        4, description="Micro batch on one device.", json_schema_extra=unit("rows")
+    )
+    gbs: Positive = Field(
+        32,
+        description="Global batch: prompts per rollout over all devices; devices times micro "
+        "batch must divide it.",
+        json_schema_extra=unit("rows"),
+    )
+    epochs: Positive = Field(1, description="Passes over the prompts.")
+    run_steps: Count = Field(
+        0, description="Stop after this many steps; 0 runs all.", json_schema_extra=unit("steps")
+    )
+    num_warmup_steps: Count = Field(
+        100, description="Learning-rate warm-up.", json_schema_extra=unit("optimizer steps")
+    )
+    print_answers_interval: Count = Field(
+        0,
+        description="Print prompts and answers every so many steps; 0 never does.",
+        json_schema_extra=unit("steps"),
+    )
+    only_optimize_lora: bool = Field(
+        False,
+        description="With LoRA, train the adapters and the critic's head only; otherwise all "
+        "weights train.",
+    )
+    hybrid_engine: bool = Field(
+        False, description="Generate with DeepSpeed's hybrid engine, where it is supported."
+    )
+    enable_hpu_graphs: bool = Field(
+        True, description="In lazy mode on Gaudi, run generation as HPU graphs."
+    )
+    master_port: Annotated[int, Field(ge=1024, le=65535)] = Field(
+        29500,
+        description="Rendezvous port on the first node; one that you set is kept or the job "
+        "fails, the default gives way when it is taken.",
+    )
+    master_addr: Text | None = Field(
+        None, description="Rendezvous address; unset: the job's first node."
+    )
+    network_interface: Text | None = Field(
+        None, description="Network interface for the collectives; unset: they find their own."
+    )
+    tensorboard_path: Text | None = Field(
+        None, description="TensorBoard folder; unset: tensorboard/ in the run directory."
+    )
+    log_file: Text | None = Field(
+        None, description="Log of the ranks; unset: one file per attempt in the run directory."
+    )
+    checkpoint_path: Text | None = Field(
+        None, description="Folder of the saved models; unset: checkpoints/ in the run directory."
+    )
+    actor: Actor
+    critic: Critic
+    reward: Reward = Reward()
+    lora: Lora = Lora()
+    hpz: Hpz = Hpz()
+    dataset: Dataset
+    generation: Generation = Generation()
+    ppo: Ppo = Ppo()
+    optimizer: Optimizer = Optimizer()
+    hpu: Hpu = Hpu()
+    slurm: Slurm = Slurm()
+    container: Container = Container()
+    environment: Environment = Environment()
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the run, one per device."""
+        return self.num_nodes * self.devices_per_node
+
+    @property
+    def per_device_batch_size(self) -> int:
+        """Rows of the global batch on one device."""
+        return self.gbs // self.world_size
+
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        """Micro batches that make one device's part of the global batch."""
+        return self.per_device_batch_size // self.mbs
+
+    @property
+    def gres_name(self) -> str | None:
+        """The name to ask for in --gres, ``auto`` resolved; None asks for nothing."""
+        if self.slurm.gres_name == "auto":
+            return {"hpu": "hpu", "cuda": "gpu", "cpu": None}[self.device]
+        return self.slurm.gres_name

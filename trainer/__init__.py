@@ -1,0 +1,1 @@
+"""The PPO trainer: one process per device."""
