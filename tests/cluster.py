@@ -1,0 +1,284 @@
+"""A real Slurm cluster on this machine: two nodes with eight ``hpu`` each, in a folder of its own.
+
+slurmctld, two slurmd, munge and, with accounting, slurmdbd on MariaDB all keep their sockets,
+ports, keys and data to themselves, so that clusters may stand side by side and nothing of the
+machine's own Slurm is touched. The daemons end with the test session, even when it is killed.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import secrets
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scancel", "setpriv")
+ACCOUNTING_COMMANDS = ("slurmdbd", "mariadbd", "mariadb-install-db", "sacctmgr", "sacct")
+SBIN = ("/usr/local/sbin", "/usr/sbin", "/sbin")
+
+
+def missing() -> list[str]:
+    """What this machine lacks to run the cluster; empty when it can."""
+    commands = COMMANDS + ACCOUNTING_COMMANDS
+    lacking = [name for name in commands if shutil.which(name, path=_path()) is None]
+    return lacking + (["root"] if os.geteuid() else [])
+
+
+def until(condition: Callable[[], object], what: str, seconds: float = 30) -> None:
+    """Wait until `condition` holds.
+
+    Raises:
+        TimeoutError: it did not within `seconds`; says `what` was waited for.
+    """
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {seconds:g} s in vain for {what}")
+        time.sleep(0.05)
+
+
+class Cluster:
+    """The cluster, once started.
+
+    Attributes:
+        folder: everything of it, logs included.
+        environ: what a user's shell on this cluster has: SLURM_CONF, and HL_MASTER_ADDR because
+            the names n1 and n2 resolve nowhere.
+        accounting: whether sacct works.
+    """
+
+    def __init__(self, *, accounting: bool = True, min_job_age: int = 300):
+        self.accounting = accounting
+        # Not pytest's folder: the path of a Unix socket holds about 100 characters.
+        self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))
+        self.folder.chmod(0o755)
+        self._min_job_age = min_job_age
+        self._daemons: list[subprocess.Popen[bytes]] = []
+        outside = ("SLURM", "SBATCH", "SRUN", "SQUEUE", "SACCT", "HL_", "PMI", "MYSQL")
+        self.environ = {k: v for k, v in os.environ.items() if not k.startswith(outside)} | {
+            "PATH": _path(),
+            "SLURM_CONF": str(self.folder / "slurm.conf"),
+            "MYSQL_UNIX_PORT": str(self.folder / "mariadb.sock"),
+            "HL_MASTER_ADDR": "127.0.0.1",
+        }
+
+    def __enter__(self) -> Cluster:
+        try:
+            self._start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def run(self, *command: str, check: bool = True) -> str:
+        """A Slurm command's standard output."""
+        done = subprocess.run(command, env=self.environ, capture_output=True, text=True, timeout=60)
+        if check and done.returncode:
+            raise AssertionError(f"{' '.join(command)}: {done.stderr or done.stdout}")
+        return done.stdout
+
+    def job(self, job_id: str) -> dict[str, str]:
+        """What ``scontrol show job`` says, by key; empty when the controller forgot the job."""
+        text = self.run("scontrol", "-o", "show", "job", job_id, check=False)
+        return dict(pair.split("=", 1) for pair in text.split() if "=" in pair)
+
+    def wait(self, job_id: str, *states: str, seconds: float = 60) -> str:
+        """Wait until the controller says that the job is in one of `states`; returns which."""
+        until(
+            lambda: self.job(job_id).get("JobState") in states,
+            f"job {job_id} to be {' or '.join(states)}",
+            seconds,
+        )
+        return self.job(job_id)["JobState"]
+
+    def start_now(self, job_id: str) -> None:
+        """Start a requeued job at once, rather than after Slurm's two minutes."""
+        until(lambda: self.job(job_id).get("JobState") == "PENDING", f"job {job_id} to be PENDING")
+        self.run("scontrol", "update", f"JobId={job_id}", "StartTime=now")
+
+    def stop(self) -> None:
+        """Cancel what runs, then end the daemons in the reverse order of their start."""
+        if self._daemons:
+            self.run("scancel", "--full", "--signal=KILL", "--user=root", check=False)
+            self.run("scancel", "--user=root", check=False)
+            idle = ("squeue", "-h", "-t", "PENDING,RUNNING,COMPLETING,SUSPENDED")
+            try:
+                until(lambda: not self.run(*idle, check=False), "the jobs to end", 15)
+            except TimeoutError as error:
+                print(error)
+        for daemon in reversed(self._daemons):
+            daemon.terminate()
+            try:
+                daemon.wait(20)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+                daemon.wait()
+        self._daemons.clear()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _start(self) -> None:
+        self._start_munge()
+        ports = _free_ports(4)
+        self._configure(ports)
+        if self.accounting:
+            self._start_accounting(ports[3])
+        self._spawn("slurmctld", "-D", "-i")
+        for node in ("n1", "n2"):
+            self._spawn("slurmd", "-D", "-N", node)
+        until(
+            lambda: self.run("sinfo", "-h", "-N", "-o", "%T", check=False).split() == ["idle"] * 2,
+            f"two idle nodes; see {self.folder}",
+        )
+
+    def _start_munge(self) -> None:
+        key = self.folder / "munge.key"
+        key.write_bytes(secrets.token_bytes(128))
+        key.chmod(0o400)
+        self._spawn(
+            "munged",
+            "--foreground",
+            "--origin=127.0.0.1",
+            f"--socket={self.folder}/munge.sock",
+            f"--key-file={key}",
+            f"--seed-file={self.folder}/munge.seed",
+            f"--pid-file={self.folder}/munge.pid",
+        )
+        until((self.folder / "munge.sock").exists, "munge's socket")
+
+    def _start_accounting(self, port: int) -> None:
+        data = self.folder / "mariadb"
+        self.run(
+            "mariadb-install-db",
+            "--no-defaults",
+            "--user=root",
+            f"--datadir={data}",
+            "--auth-root-authentication-method=normal",
+            "--skip-test-db",
+            "--skip-name-resolve",
+        )
+        self._spawn(
+            "mariadbd",
+            "--no-defaults",
+            "--user=root",
+            f"--datadir={data}",
+            f"--socket={self.folder}/mariadb.sock",
+            f"--pid-file={self.folder}/mariadb.pid",
+            "--skip-networking",
+            "--innodb-flush-log-at-trx-commit=0",
+        )
+        until((self.folder / "mariadb.sock").exists, "MariaDB's socket")
+        self._spawn("slurmdbd", "-D")
+        # sacctmgr that finds no slurmdbd waits for seconds before it tries again.
+        until(lambda: _listens(port), "slurmdbd's port")
+        self.run("sacctmgr", "-i", "add", "cluster", "test")
+
+    def _spawn(self, command: str, *arguments: str) -> None:
+        """Start a daemon that gets TERM when this process dies."""
+        with (self.folder / f"{command}.out").open("ab") as out:
+            self._daemons.append(
+                subprocess.Popen(
+                    ["setpriv", "--pdeathsig", "TERM", "--", command, *arguments],
+                    env=self.environ,
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=out,
+                    start_new_session=True,
+                )
+            )
+
+    def _configure(self, ports: list[int]) -> None:
+        controller, n1, n2, dbd = ports
+        here = self.folder
+        storage = (
+            f"""AccountingStorageType=accounting_storage/slurmdbd
+AccountingStorageHost=127.0.0.1
+AccountingStoragePort={dbd}
+AccountingStoragePass={here}/munge.sock"""
+            if self.accounting
+            else "AccountingStorageType=accounting_storage/none"
+        )
+        (here / "slurm.conf").write_text(
+            f"""ClusterName=test
+SlurmctldHost=localhost(127.0.0.1)
+SlurmctldPort={controller}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={here}/munge.sock
+MpiDefault=none
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
+SlurmdParameters=config_overrides
+JobAcctGatherType=jobacct_gather/linux
+JobRequeue=1
+KillWait=2
+MinJobAge={self._min_job_age}
+ReturnToService=2
+StateSaveLocation={here}/state
+SlurmdSpoolDir={here}/%n
+SlurmctldPidFile={here}/slurmctld.pid
+SlurmdPidFile={here}/slurmd-%n.pid
+SlurmctldLogFile={here}/slurmctld.log
+SlurmdLogFile={here}/slurmd-%n.log
+{storage}
+GresTypes=hpu
+NodeName=n1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={n1} CPUs=16 Gres=hpu:8
+NodeName=n2 NodeHostname=localhost NodeAddr=127.0.0.1 Port={n2} CPUs=16 Gres=hpu:8
+PartitionName=main Nodes=n1,n2 Default=YES MaxTime=UNLIMITED State=UP
+"""
+        )
+        (here / "gres.conf").write_text("NodeName=n[1-2] Name=hpu Count=8\n")
+        dbd_conf = here / "slurmdbd.conf"
+        dbd_conf.touch(0o600)
+        dbd_conf.write_text(
+            f"""AuthType=auth/munge
+AuthInfo=socket={here}/munge.sock
+DbdHost=localhost
+DbdAddr=127.0.0.1
+DbdPort={dbd}
+SlurmUser=root
+LogFile={here}/slurmdbd.log
+PidFile={here}/slurmdbd.pid
+StorageType=accounting_storage/mysql
+StorageHost=localhost
+StorageUser=root
+StorageLoc=slurm
+"""
+        )
+
+
+def _path() -> str:
+    """PATH with the folders of system daemons, which a user's shell may not have."""
+    return os.pathsep.join([os.environ.get("PATH", os.defpath), *SBIN])
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports below the range from which the kernel draws for outgoing connections."""
+    ports: list[int] = []
+    while len(ports) < count:
+        port = random.randrange(15000, 32000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        if port not in ports:
+            ports.append(port)
+    return ports
