@@ -1,0 +1,1 @@
+"""Slurm: the batch script, the commands, the states."""

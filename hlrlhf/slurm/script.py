@@ -1,0 +1,208 @@
+"""Settings to the text of a batch script; no side effects beyond reading templates.
+
+Nothing reaches the script unquoted by accident: an expression in a template has to end in one of
+the filters below, or rendering fails. They return `Markup`, which is only Jinja's word for "this
+text is already right where it stands"; no HTML is involved.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import traceback
+from collections.abc import Callable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from hlrlhf.settings.errors import Problem, SettingsError
+from hlrlhf.settings.layers import Resolved
+from hlrlhf.settings.schema import Settings
+
+SEARCH_PATH = "HLRLHF_TEMPLATE_PATH"
+BASE = "job.sbatch.j2"
+
+# All of them but the tab, which a line of the site's own may hold.
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+
+
+def render(resolved: Resolved, run_directory: Path, environ: Mapping[str, str]) -> str:
+    """The batch script of a run.
+
+    Args:
+        resolved: the run's settings.
+        run_directory: absolute; its last part is the run's name. It need not exist.
+        environ: the environment, of which HLRLHF_TEMPLATE_PATH is read.
+
+    Raises:
+        SettingsError: a template cannot be found or does not render, or a value cannot be
+            written into a script.
+    """
+    settings = resolved.settings
+    template = settings.slurm.template or BASE
+    try:
+        return (
+            _environment(template, environ)
+            .get_template(template)
+            .render(
+                settings=settings,
+                run_name=run_directory.name,
+                run_directory=str(run_directory),
+                gres=_gres(settings),
+                mounts=_mounts(settings, run_directory),
+                port_is_set=not resolved.is_default("master_port"),
+            )
+        )
+    except jinja2.TemplateNotFound as error:
+        folders = f"the folders of {SEARCH_PATH}, and ours"
+        problem = Problem(f"slurm.template = {template!r}", f"no {error.name!r} in {folders}")
+    except jinja2.TemplateSyntaxError as error:
+        where = f"{error.filename or error.name}:{error.lineno}"
+        problem = Problem(f"template {where}", error.message or "syntax error")
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
+        problem = Problem(f"template {_place(error, template)}", str(error))
+    except RecursionError:
+        problem = Problem(f"template {template}", "extends or includes itself")
+    raise SettingsError([problem])
+
+
+def _environment(template: str, environ: Mapping[str, str]) -> jinja2.Environment:
+    folders = [part for part in environ.get(SEARCH_PATH, "").split(os.pathsep) if part]
+    loader = jinja2.ChoiceLoader(
+        [
+            jinja2.FunctionLoader(_file_at(template)),
+            jinja2.FileSystemLoader([*folders, str(resources.files("hlrlhf.templates"))]),
+        ]
+    )
+    jinja = jinja2.Environment(
+        loader=loader,
+        undefined=jinja2.StrictUndefined,
+        # With autoescape, `super()` and macros yield Markup, as our filters do.
+        autoescape=True,
+        finalize=_finalize,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    jinja.filters.update(shell=shell, sbatch=sbatch, verbatim=verbatim, log_path=log_path)
+    return jinja
+
+
+def _file_at(template: str) -> Callable[[str], tuple[str, str, Callable[[], bool]] | None]:
+    """A loader of the one template that is given as a path.
+
+    It is known by its path alone, so that a file called like ours can still extend ours.
+    """
+
+    def load(name: str) -> tuple[str, str, Callable[[], bool]] | None:
+        if name != template or os.sep not in name:
+            return None
+        try:
+            return Path(name).read_text(encoding="utf-8"), name, lambda: True
+        except (OSError, UnicodeDecodeError):
+            return None
+
+    return load
+
+
+def _finalize(value: Any) -> Any:
+    """Let through what a filter has quoted, and whole numbers; refuse the rest."""
+    if isinstance(value, Markup | jinja2.Undefined):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return Markup(value)  # noqa: S704 - digits
+    raise ValueError(f"{value!r} is not quoted; end the expression in |shell, |sbatch or |verbatim")
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(f"{value!r} is neither text nor a number")
+    text = str(value)
+    if _CONTROL.search(text):
+        raise ValueError(f"{text!r} holds a control character, which a script cannot")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{text!r} is not UTF-8") from error
+    return text
+
+
+def shell(value: object) -> Markup:
+    """A value as one word of bash."""
+    return Markup(shlex.quote(_plain(value)))  # noqa: S704 - quoted
+
+
+def sbatch(value: object) -> Markup:
+    """A value as one word of an #SBATCH line.
+
+    Slurm's reader of those lines resembles a shell, except that a backslash escapes the next
+    character even between single quotes.
+    """
+    return Markup(shlex.quote(_plain(value).replace("\\", "\\\\")))  # noqa: S704 - quoted
+
+
+def verbatim(value: object) -> Markup:
+    """A line that a site wrote itself, as it stands, if it is one line."""
+    return Markup(_plain(value))  # noqa: S704 - meant as it is
+
+
+def log_path(value: object) -> Markup:
+    """A path as srun's --output takes it, quoted for the shell.
+
+    A backslash makes Slurm take the whole path literally, and is dropped; without any, a
+    percent sign starts a replacement.
+    """
+    path = _plain(value)
+    literal = path.replace("\\", "\\\\") if "\\" in path else path.replace("%", "%%")
+    return Markup(shlex.quote(literal))  # noqa: S704 - quoted
+
+
+def _place(error: BaseException, template: str) -> str:
+    """``file:line`` of the template that `error` comes from, as far as the traceback tells."""
+    place = template
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        file = frame.f_code.co_filename
+        if file == template or file.endswith(".j2"):
+            place = f"{file}:{line}"
+    return place
+
+
+def _gres(settings: Settings) -> str | None:
+    """``name[:type]:count`` for --gres, or None."""
+    parts = [settings.gres_name, settings.slurm.gres_type, str(settings.devices_per_node)]
+    return ":".join(part for part in parts if part) if settings.gres_name else None
+
+
+def _mounts(settings: Settings, run_directory: Path) -> list[str]:
+    """``source:target`` of all that a container has to see, each under its own path.
+
+    Raises:
+        SettingsError: a path holds a character that separates mounts.
+    """
+    if settings.container.kind == "none":
+        return []
+    wanted = {
+        "base_out_path": str(run_directory),
+        "tensorboard_path": settings.tensorboard_path,
+        "checkpoint_path": settings.checkpoint_path,
+        "actor.model_path": settings.actor.model_path,
+        "critic.model_path": settings.critic.model_path,
+        "reward.model_path": settings.reward.model_path,
+    }
+    named = [(name, path) for name, path in wanted.items() if path]
+    named += [("dataset.path", path) for path in settings.dataset.path]
+    # A model or data set that is no absolute path is the name of one on the Hub.
+    named = [(name, path) for name, path in named if path.startswith("/")]
+    problems = [
+        Problem(f"{name} = {path!r}", "a container cannot mount a path with a colon or a comma")
+        for name, path in named
+        if re.search("[:,]", path)
+    ]
+    if problems:
+        raise SettingsError(problems)
+    paths = dict.fromkeys(path for _, path in named)
+    return [f"{path}:{path}" for path in paths] + settings.container.mounts
