@@ -5,73 +5,61 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from hlrlhf.settings.errors import Problem
 from hlrlhf.settings.schema import Settings
 
 if TYPE_CHECKING:
     from hlrlhf.settings.layers import Given
 
+Contradiction = tuple[tuple[str, ...], str]
 
-def contradictions(settings: Settings, values: Mapping[str, Given]) -> Iterator[Problem]:
-    """Every pair or group of settings that contradict each other.
+
+def contradictions(settings: Settings, values: Mapping[str, Given]) -> Iterator[Contradiction]:
+    """Every group of settings that contradict each other: their names, and what to do.
 
     Args:
         settings: valid one by one.
         values: the same with origins, by dotted name.
     """
-
-    def told(*names: str) -> str:
-        """The settings in question, each with value and origin."""
-        return ", ".join(
-            f"{name} = {values[name].value!r} ({values[name].origin})" for name in names
-        )
-
     per_step = settings.world_size * settings.mbs
     if settings.gbs % per_step:
         below = settings.gbs // per_step * per_step
         fitting = [str(size) for size in (below, below + per_step) if size]
-        yield Problem(
-            told("gbs", "mbs", "num_nodes", "devices_per_node"),
+        yield (
+            ("gbs", "mbs", "num_nodes", "devices_per_node"),
             f"the global batch must be a multiple of nodes x devices x micro batch = {per_step}; "
             f"nearest: {' or '.join(fitting)}",
         )
-    memory = [
+    memory = tuple(
         name
         for name in ("slurm.mem", "slurm.mem_per_cpu", "slurm.mem_per_gpu")
         if values[name].value is not None
-    ]
+    )
     if len(memory) > 1:
-        yield Problem(told(*memory), "Slurm takes one of the three; set the others to nothing")
+        yield memory, "Slurm takes one of the three; set the others to nothing"
     if settings.slurm.gres_type and not settings.gres_name:
-        yield Problem(told("slurm.gres_type", "slurm.gres_name"), "a type needs a gres name")
+        yield ("slurm.gres_type", "slurm.gres_name", "device"), "a type needs a gres name"
     if settings.slurm.mail_type and not settings.slurm.mail_user:
-        yield Problem(told("slurm.mail_type"), "needs slurm.mail_user")
+        yield ("slurm.mail_type", "slurm.mail_user"), "mail needs somebody to go to"
     for model, enabled in (
         ("actor", settings.hpz.enabled_actor),
         ("critic", settings.hpz.enabled_critic),
     ):
         stage = f"{model}.zero_stage"
         if enabled and values[stage].value != 3:
-            yield Problem(told(f"hpz.enabled_{model}", stage), "hpZ needs ZeRO stage 3")
+            yield (f"hpz.enabled_{model}", stage), "hpZ needs ZeRO stage 3"
     if settings.container.kind == "none":
         for name in ("container.image", "container.mounts", "container.args"):
             if values[name].value:
-                yield Problem(told(name), "has no effect: container.kind is none")
+                yield (name, "container.kind"), "has no effect without a container"
     elif settings.container.image is None:
-        yield Problem(told("container.kind"), "needs container.image")
+        yield ("container.kind", "container.image"), "a container needs an image"
     # A preset may say what LoRA trains before anyone turns LoRA on; a person who asks for
     # adapters alone without having any would train all weights and not be told.
     asked = values["only_optimize_lora"].origin.kind in ("environment", "flag")
     if settings.only_optimize_lora and asked and settings.lora.dim == 0:
-        yield Problem(
-            told("only_optimize_lora", "lora.dim"), "there is no LoRA to optimize: set lora.dim"
-        )
+        yield ("only_optimize_lora", "lora.dim"), "there is no LoRA to optimize: set lora.dim"
     weights = settings.dataset.weights
     if weights is not None and len(weights) != len(settings.dataset.path):
-        yield Problem(
-            told("dataset.weights", "dataset.path"), "give one weight per data set, or none"
-        )
+        yield ("dataset.weights", "dataset.path"), "give one weight per data set, or none"
     if settings.hybrid_engine and settings.device != "cuda":
-        yield Problem(
-            told("hybrid_engine", "device"), "DeepSpeed's hybrid engine runs on device=cuda only"
-        )
+        yield ("hybrid_engine", "device"), "DeepSpeed's hybrid engine runs on device=cuda only"

@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from hlrlhf.settings import checks, presets, yamlfile
-from hlrlhf.settings.errors import Problem, SettingsError
+from hlrlhf.settings.errors import Problem, SettingsError, printable
 from hlrlhf.settings.names import (
     ALIASES,
     Setting,
@@ -86,10 +86,11 @@ def resolve(
     environ = environ or {}
     problems: list[Problem] = []
     layers: list[dict[str, Given]] = []
-    sources = [("preset", presets.find(preset, environ))] if preset else []
+    sources: list[tuple[OriginKind, Path | str]] = [("preset", preset)] if preset else []
     sources += [("file", path) for path in files]
-    for kind, path in sources:
+    for kind, source in sources:
         try:
+            path = presets.find(source, environ) if isinstance(source, str) else source
             layers.append(dict(_from_file(kind, path, problems)))
         except SettingsError as error:
             problems += error.problems
@@ -99,22 +100,35 @@ def resolve(
     merged: dict[str, Given] = {}
     for layer in layers:
         merged.update(layer)
-    missing = [
-        Problem(setting.name, f"is not set; give {setting.env}, or --set {setting.name}=…")
+    missing = {
+        setting.name: Problem(
+            setting.name, f"is not set; give {setting.env}, or --set {setting.name}=…"
+        )
         for setting in settings_by_name().values()
         if setting.mandatory and setting.name not in merged
-    ]
-    if problems or (missing and not allow_missing):
-        raise SettingsError(problems + missing + _invalid(merged))
-    settings = _validate(merged)
+    }
+    if not allow_missing:
+        problems += missing.values()
+    invalid = _invalid(merged)
+    problems += invalid.values()
+    # What is left is valid one by one; so contradictions are found in the same call.
+    settings = Settings.model_validate(
+        _nested({name: given for name, given in merged.items() if name not in invalid})
+    )
     values = {
         name: _final(settings, setting, merged.get(name))
         for name, setting in settings_by_name().items()
     }
-    contradictions = list(checks.contradictions(settings, values))
-    if contradictions:
-        raise SettingsError(contradictions)
-    return Resolved(settings, values, preset, tuple(missing))
+    unsure = {*missing, *invalid}
+    for names, what in checks.contradictions(settings, values):
+        if unsure.isdisjoint(names):
+            where = ", ".join(
+                f"{name} = {values[name].value!r} ({values[name].origin})" for name in names
+            )
+            problems.append(Problem(where, what))
+    if problems:
+        raise SettingsError(problems)
+    return Resolved(settings, values, preset, tuple(missing.values()))
 
 
 def load(path: Path) -> Settings:
@@ -142,15 +156,16 @@ def dump(resolved: Resolved) -> str:
             given.value, default_flow_style=True, width=10**9, allow_unicode=True
         ).removesuffix("\n...\n")
         indent = "  " * len(groups)
-        lines.append(f"{indent}{key}: {text.rstrip()}  # {_comment(given.origin)}")
+        if name == "master_port" and resolved.is_default(name):
+            # Read back as somebody's wish, it would no longer give way when it is taken.
+            indent = "# "
+        lines.append(f"{indent}{key}: {text.rstrip()}  # {printable(str(given.origin))}")
     return "\n".join(lines) + "\n"
 
 
-def _comment(origin: Origin) -> str:
-    return "".join(char if char.isprintable() else "?" for char in str(origin))
-
-
-def _from_file(kind: str, path: Path, problems: list[Problem]) -> Iterator[tuple[str, Given]]:
+def _from_file(
+    kind: OriginKind, path: Path, problems: list[Problem]
+) -> Iterator[tuple[str, Given]]:
     for name, leaf in yamlfile.read(path).items():
         place = f"{path}:{leaf.line}"
         setting = settings_by_name().get(name)
@@ -158,9 +173,11 @@ def _from_file(kind: str, path: Path, problems: list[Problem]) -> Iterator[tuple
             problems.append(Problem(f"{name} ({kind} {place})", _unknown(name, settings_by_name())))
         else:
             value = leaf.value
-            if setting.is_list and isinstance(value, str | int | float):
+            if value == "" and setting.nullable:
+                value = None
+            elif setting.is_list and isinstance(value, str):
                 value = [value]
-            yield name, Given(value, Origin(kind, place))  # type: ignore[arg-type]
+            yield name, Given(value, Origin(kind, place))
 
 
 def _from_environment(
@@ -174,10 +191,10 @@ def _from_environment(
             problems.append(
                 Problem(f"{variable} (environment)", _unknown(variable, [*known, *ALIASES]))
             )
-        elif env != variable and environ.get(env, text) != text:
+        elif env != variable and not _same(known[env], environ.get(env, text), text):
             problems.append(
                 Problem(
-                    f"{variable}={text} (environment)",
+                    f"{variable} = {text!r} (environment)",
                     f"is another name of {env}, which is {environ[env]!r}; set one of them",
                 )
             )
@@ -197,7 +214,18 @@ def _from_flags(flags: Sequence[str], problems: list[Problem]) -> Iterator[tuple
             yield from _parse(known[name], text, Origin("flag", "--set"), problems)
 
 
+def _same(setting: Setting, one: str, other: str) -> bool:
+    """Whether two texts are one value of the setting; 1e-5 is 0.00001."""
+    try:
+        return one == other or (setting.type == "number" and float(one) == float(other))
+    except ValueError:
+        return False
+
+
 def _unknown(name: str, known: Mapping[str, Setting] | list[str]) -> str:
+    members = [other for other in known if other.startswith(f"{name}.")]
+    if members:
+        return f"is a group of settings: {', '.join(members)}"
     return f"no such setting{nearest(name, known) or '; `hlrlhf show` lists them all'}"
 
 
@@ -210,8 +238,8 @@ def _parse(
         value = None
     elif setting.is_list:
         try:
-            value = yaml.safe_load(text) if text.startswith("[") else shlex.split(text)
-        except (yaml.YAMLError, ValueError) as error:
+            value = yamlfile.value(text) if text.startswith("[") else shlex.split(text)
+        except (yaml.YAMLError, RecursionError, ValueError) as error:
             reason = str(error).replace("\n", " ")
             problems.append(
                 Problem(_where(setting.name, text, origin), f"cannot be split: {reason}")
@@ -228,42 +256,22 @@ def _where(name: str, value: Any, origin: Origin) -> str:
 _PLACEHOLDER = "missing"
 
 
-def _validate(merged: dict[str, Given]) -> Settings:
-    problems = _invalid(merged)
-    if problems:
-        raise SettingsError(problems)
-    return Settings.model_validate(_nested(merged))
-
-
-def _invalid(merged: dict[str, Given]) -> list[Problem]:
-    problems = []
-    known = settings_by_name()
-    for name, given in merged.items():
-        # pydantic would take true for 1, and true for "True".
-        if isinstance(given.value, bool) and not known[name].is_bool:
-            problems.append(_problem(known[name], given, f"must be {_article(known[name].type)}"))
-    wrong = {problem.where for problem in problems}
+def _invalid(merged: dict[str, Given]) -> dict[str, Problem]:
+    """What the schema refuses, by the setting's name."""
+    problems: dict[str, Problem] = {}
     try:
         Settings.model_validate(_nested(merged))
     except ValidationError as error:
-        for item in error.errors():
+        for item in error.errors(include_url=False):
             name = ".".join(part for part in item["loc"] if isinstance(part, str))
-            while name not in known:
-                name = name.rpartition(".")[0]
-            message = item["msg"][0].lower() + item["msg"][1:]
-            problem = _problem(known[name], merged[name], message)
-            if problem.where not in wrong:
-                problems.append(problem)
+            setting, given = settings_by_name()[name], merged[name]
+            what = item["msg"][0].lower() + item["msg"][1:]
+            if item["type"] == "string_pattern_mismatch":
+                what = "does not have the right form"
+            allowed = f"; allowed: {setting.type}" + f", {setting.allowed}".removesuffix(", ")
+            where = _where(name, given.value, given.origin)
+            problems.setdefault(name, Problem(where, what + allowed))
     return problems
-
-
-def _problem(setting: Setting, given: Given, message: str) -> Problem:
-    allowed = f"; allowed: {setting.type}" + (f", {setting.allowed}" if setting.allowed else "")
-    return Problem(_where(setting.name, given.value, given.origin), message + allowed)
-
-
-def _article(noun: str) -> str:
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 def _nested(merged: dict[str, Given]) -> dict[str, Any]:

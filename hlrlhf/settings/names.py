@@ -13,7 +13,7 @@ from typing import Any, Literal
 import annotated_types
 from pydantic.fields import FieldInfo
 
-from hlrlhf.settings.schema import Group, Settings
+from hlrlhf.settings.schema import Allowed, Group, Settings
 
 # Spellings that the reference step-3 scripts read for the same thing.
 ALIASES = {
@@ -43,10 +43,6 @@ class Setting:
     @property
     def is_list(self) -> bool:
         return self.type.startswith("list")
-
-    @property
-    def is_bool(self) -> bool:
-        return self.type == "boolean"
 
 
 def env_name(name: str) -> str:
@@ -127,6 +123,10 @@ def _bound(item: Any) -> Iterator[str]:
     if isinstance(item, FieldInfo):
         for inner in item.metadata:
             yield from _bound(inner)
+    elif isinstance(item, Allowed):
+        yield item.words
+    elif isinstance(item, annotated_types.MinLen) and item.min_length == 1:
+        yield "not empty"
     elif isinstance(item, annotated_types.Ge):
         yield f"at least {item.ge}"
     elif isinstance(item, annotated_types.Gt):

@@ -30,7 +30,10 @@ def available(environ: Mapping[str, str]) -> dict[str, Path]:
 
 def summary(path: Path) -> str:
     """The first comment line of a preset, or an empty string."""
-    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    try:
+        first = path.read_text(encoding="utf-8").partition("\n")[0]
+    except (OSError, UnicodeDecodeError) as error:
+        return f"cannot be read: {error}"
     return first.lstrip("# ").strip() if first.startswith("#") else ""
 
 

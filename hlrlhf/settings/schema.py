@@ -9,27 +9,59 @@ A field's ``unit`` stands in ``json_schema_extra``; a field without a default is
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic_core import PydanticCustomError
 
 Device = Literal["hpu", "cuda", "cpu"]
 ContainerKind = Literal["none", "apptainer", "pyxis", "docker"]
 
-# Values that reach a shell, an #SBATCH line or a path must not carry control characters:
-# a newline there would start a line of its own, whatever the quoting.
-Text = Annotated[str, StringConstraints(min_length=1, pattern=r"^[^\x00-\x1f\x7f]*$")]
-ShellLine = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x08\x0a-\x1f\x7f]*$")]
+
+@dataclass(frozen=True)
+class Allowed:
+    """What a pattern allows, in words, for the error texts and the page of settings."""
+
+    words: str
+
+
+def _no_control(text: str) -> str:
+    """Refuse control characters and line separators.
+
+    A newline in a value that reaches a shell, an #SBATCH line or a path would start a line of
+    its own, whatever the quoting.
+    """
+    if re.search("[\x00-\x1f\x7f-\x9f\u2028\u2029]", text):
+        raise PydanticCustomError("control", "must not hold control characters")
+    return text
+
+
+def _no_control_but_tab(text: str) -> str:
+    _no_control(text.replace("\t", " "))
+    return text
+
+
+Text = Annotated[str, StringConstraints(min_length=1), AfterValidator(_no_control)]
+ShellLine = Annotated[str, AfterValidator(_no_control_but_tab)]
 Tag = Annotated[
-    str, StringConstraints(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    str,
+    StringConstraints(max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"),
+    Allowed("up to 64 letters, digits, dots, dashes and underscores"),
 ]
 SlurmTime = Annotated[
     str,
     StringConstraints(
-        pattern=r"^(UNLIMITED|\d+|\d+:\d{1,2}(:\d{1,2})?|\d+-\d{1,2}(:\d{1,2}){0,2})$"
+        pattern=r"^(UNLIMITED|[0-9]+(:[0-9]{1,2}){0,2}|[0-9]+-[0-9]{1,2}(:[0-9]{1,2}){0,2})$"
     ),
+    Allowed("minutes, M:S, H:M:S, D-H, D-H:M, D-H:M:S or UNLIMITED"),
 ]
-SlurmMemory = Annotated[str, StringConstraints(pattern=r"^\d+[KMGT]?$")]
+SlurmMemory = Annotated[
+    str,
+    StringConstraints(pattern=r"^[0-9]+[KMGT]?$"),
+    Allowed("a whole number, and K, M, G or T if not MB"),
+]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0)]
@@ -51,7 +83,6 @@ class Group(BaseModel):
         frozen=True,
         extra="forbid",
         allow_inf_nan=False,
-        coerce_numbers_to_str=True,
         # ``model_path`` is a setting, not one of pydantic's own attributes.
         protected_namespaces=(),
     )
@@ -213,7 +244,7 @@ class Slurm(Group):
     qos: Text | None = Field(None, description="--qos")
     time: SlurmTime | None = Field(
         None,
-        description="--time: the limit, as minutes, M:S, H:M:S, D-H, D-H:M or D-H:M:S.",
+        description="--time: the limit after which Slurm ends the job.",
     )
     gres_name: Text | None = Field(
         "auto",
@@ -285,9 +316,7 @@ class Environment(Group):
 class Settings(Group):
     """All settings of a run."""
 
-    tag: Tag = Field(
-        description="Name of the run: letters, digits, dot, dash and underscore, at most 64."
-    )
+    tag: Tag = Field(description="Name of the run; its directory has this name, its job too.")
     base_out_path: Text = Field(description="Folder in which each run gets its directory.")
     num_nodes: Positive = Field(1, description="Nodes.")
     devices_per_node: Positive = Field(8, description="Devices, and so ranks, on each node.")
@@ -295,7 +324,7 @@ class Settings(Group):
     dtype: Literal["bf16", "fp32"] = Field(
         "bf16", description="Precision of the models; losses are always fp32."
     )
-    seed: Count = Field(1, description="Seed of everything random.")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(1, description="Seed of everything random.")
     mbs: Positive = Field(
         4, description="Micro batch on one device.", json_schema_extra=unit("rows")
     )

@@ -1,8 +1,10 @@
 """Settings from a YAML file, flat, each with its line.
 
-PyYAML reads YAML 1.1, where ``24:00:00`` is the number 86400, ``1e-5`` is a string and ``no`` is
-false, and where a key that stands twice silently loses. None of that may happen to a setting, so
-plain scalars are resolved by the core schema of YAML 1.2 and doubled keys are refused.
+PyYAML reads YAML 1.1, where ``24:00:00`` is the number 86400, ``no`` is false, an account ``0123``
+is 83, a partition ``1.10`` is 1.1, and where a key that stands twice silently loses. None of that
+may happen to a setting: a plain scalar is the text that stands there, which the schema then turns
+into what the setting is, just as it does for text from the environment; only null is special.
+Doubled keys are refused.
 """
 
 from __future__ import annotations
@@ -12,33 +14,44 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from yaml.reader import Reader
 
 from hlrlhf.settings.errors import Problem, SettingsError
 
 
 class Leaf(NamedTuple):
-    """One value of a file and the line that it stands on."""
+    """One value of a file (text, a list or None) and the line that it stands on."""
 
     value: Any
     line: int
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """The safe loader with YAML 1.2's idea of what a plain scalar is."""
+    """The safe loader that knows text, lists, mappings and null, and no other type."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
+    yaml_constructors = {  # noqa: RUF012
+        tag: constructor
+        for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
+        if tag is None or tag.rpartition(":")[2] in ("str", "seq", "map", "null")
+    }
 
 
-def _plain(tag: str, pattern: str, first: str) -> None:
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(pattern), list(first))
+_NULL = re.compile(r"^(?:~|null|Null|NULL|)$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", _NULL, ["~", "n", "N", ""])
 
 
-_plain("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF")
-_plain("int", r"^[-+]?(?:0|[1-9][0-9]*)$", "-+0123456789")
-_plain("float", r"^[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?$", "-+0123456789.")
-_plain("float", r"^[-+]?[0-9]+[eE][-+]?[0-9]+$", "-+0123456789.")
-_plain("null", r"^(?:~|null|Null|NULL|)$", "~nN\0")
-_Loader.yaml_implicit_resolvers.setdefault("", _Loader.yaml_implicit_resolvers.get("\0", []))
+def value(text: str) -> Any:
+    """One YAML value that stands alone, such as a list in a variable, by the rules of a file.
+
+    Raises:
+        yaml.YAMLError: the text is not YAML.
+    """
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
 
 
 def read(path: Path) -> dict[str, Leaf]:
@@ -56,6 +69,11 @@ def read(path: Path) -> dict[str, Leaf]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise SettingsError([Problem(str(path), f"cannot be read: {reason}")]) from error
+    control = Reader.NON_PRINTABLE.search(text)
+    if control:
+        before = text[: control.start()]
+        where = f"{path}:{before.count(chr(10)) + 1}:{len(before) - before.rfind(chr(10))}"
+        raise SettingsError([Problem(where, f"not YAML: {control.group()!r} is not allowed")])
     loader = _Loader(text)
     try:
         root = loader.get_single_node()
@@ -86,13 +104,14 @@ def _flatten(
 ) -> None:
     line = node.start_mark.line + 1
     if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
+        for key, below in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 problems.append(
                     Problem(f"{path}:{key.start_mark.line + 1}", "a key must be a name")
                 )
                 continue
-            _flatten(loader, value, f"{prefix}.{key.value}".lstrip("."), leaves, problems, path)
+            name = f"{prefix}.{key.value}" if prefix else key.value
+            _flatten(loader, below, name, leaves, problems, path)
     elif not prefix:
         problems.append(Problem(f"{path}:{line}", "must be a mapping of settings to values"))
     elif prefix in leaves:
