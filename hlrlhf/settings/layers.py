@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import yaml
 from pydantic import ValidationError
 
-from hlrlhf.settings import checks, presets, yamlfile
+from hlrlhf.settings import checks, paths, presets, yamlfile
 from hlrlhf.settings.errors import Problem, SettingsError, printable
 from hlrlhf.settings.names import (
     ALIASES,
@@ -100,6 +100,8 @@ def resolve(
     merged: dict[str, Given] = {}
     for layer in layers:
         merged.update(layer)
+    for name, given in merged.items():
+        merged[name] = given._replace(value=paths.absolute(name, given.value))
     missing = {
         setting.name: Problem(
             setting.name, f"is not set; give {setting.env}, or --set {setting.name}=…"

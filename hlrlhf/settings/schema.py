@@ -44,6 +44,8 @@ def _no_control_but_tab(text: str) -> str:
 
 
 Text = Annotated[str, StringConstraints(min_length=1), AfterValidator(_no_control)]
+# The recipe cache's own setting is a list with commas.
+NoComma = Annotated[str, StringConstraints(min_length=1, pattern=r"^[^\x00-\x1f\x7f,]*$")]
 ShellLine = Annotated[str, AfterValidator(_no_control_but_tab)]
 Tag = Annotated[
     str,
@@ -228,8 +230,10 @@ class Hpu(Group):
     lazy_mode: bool = Field(
         False, description="Run in lazy mode (PT_HPU_LAZY_MODE=1) rather than eager mode."
     )
-    recipe_cache_path: Text | None = Field(
-        None, description="Folder on a node-local disk for compiled recipes; unset: no cache."
+    recipe_cache_path: NoComma | None = Field(
+        None,
+        description="Folder on a node-local disk for compiled recipes, without a comma; unset: "
+        "no cache.",
     )
     recipe_cache_size: Positive = Field(
         4096, description="Largest size of the recipe cache.", json_schema_extra=unit("MB")

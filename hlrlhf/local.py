@@ -1,0 +1,256 @@
+"""The same run without Slurm: one process per device on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import IO, BinaryIO
+
+from hlrlhf.ports import PortTakenError, rendezvous_port
+from hlrlhf.settings.errors import Problem, SettingsError
+from hlrlhf.settings.layers import Resolved
+from hlrlhf.settings.schema import Settings
+
+STOPPED_EARLY = 75
+_LOOK = 0.1  # seconds between looks at whether a rank has ended
+
+
+def check(resolved: Resolved) -> None:
+    """Refuse what one machine without Slurm cannot do.
+
+    Raises:
+        SettingsError: more than one node, or a container.
+    """
+    settings = resolved.settings
+    problems = []
+    if settings.num_nodes != 1:
+        origin = resolved.values["num_nodes"].origin
+        where = f"num_nodes = {settings.num_nodes} ({origin})"
+        problems.append(Problem(where, "--local runs on one node; set num_nodes=1"))
+    if settings.container.kind != "none":
+        origin = resolved.values["container.kind"].origin
+        where = f"container.kind = {settings.container.kind!r} ({origin})"
+        problems.append(Problem(where, "--local runs without a container; set container.kind=none"))
+    if problems:
+        raise SettingsError(problems)
+
+
+def run(
+    resolved: Resolved,
+    directory: Path,
+    environ: Mapping[str, str],
+    command: Sequence[str] = (sys.executable, "-m", "hlrlhf.trainer"),
+    grace: float = 30,
+) -> int:
+    """Run the ranks to their end; all that they print goes to the log and to standard error.
+
+    A first SIGINT, SIGTERM or SIGUSR1 asks the ranks to stop and save, a second one ends them.
+
+    Args:
+        resolved: the settings, passed by `check`.
+        directory: the run directory, with ``job.json`` in it.
+        environ: the environment of the ranks, before what a run adds.
+        command: what a rank runs; the run directory is added as its argument.
+        grace: seconds that the other ranks get between SIGTERM and SIGKILL when one failed.
+
+    Returns:
+        The exit code of the first rank that failed (128 + n for signal n), else 75 if the run
+        stopped early, else 0. It is also left in ``logs/local.0.exit``.
+
+    Raises:
+        SettingsError: HL_MASTER_PORT is taken.
+    """
+    settings = resolved.settings
+    log = Path(settings.log_file or directory / "logs" / "local.0.log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    port = rendezvous_port(
+        settings.master_port, keep=not resolved.is_default("master_port"), seed=os.getpid()
+    )
+    with contextlib.ExitStack() as stack:
+        # The lock, not the process id, says that this launcher lives: ids are reused.
+        job = stack.enter_context((directory / "job.json").open())
+        fcntl.flock(job, fcntl.LOCK_EX)
+        output = stack.enter_context(log.open("ab"))
+        try:
+            shared = _environment(settings, environ, stack.enter_context(port))
+        except PortTakenError as error:
+            raise SettingsError(
+                [Problem("master_port", f"{error}; set another one or none")]
+            ) from error
+        ranks = stack.enter_context(_Ranks(output, grace))
+        stack.enter_context(_signals(ranks))
+        for rank in range(settings.world_size):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            ranks.start([*command, str(directory)], directory, shared | own)
+        code = ranks.wait()
+        (directory / "logs" / "local.0.exit").write_text(f"{code}\n", encoding="ascii")
+    return code
+
+
+def _environment(settings: Settings, environ: Mapping[str, str], port: int) -> dict[str, str]:
+    """What all ranks have; the batch script's ``environment`` block is its other half."""
+    threads = max(1, len(os.sched_getaffinity(0)) // settings.world_size)
+    made = {
+        "WORLD_SIZE": str(settings.world_size),
+        "LOCAL_WORLD_SIZE": str(settings.world_size),
+        "MASTER_ADDR": settings.master_addr or "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "HLRLHF_ATTEMPT": "0",
+        "PYTHONUNBUFFERED": "1",
+    }
+    if settings.device == "hpu":
+        made["PT_HPU_LAZY_MODE"] = str(int(settings.hpu.lazy_mode))
+        if settings.hpu.lazy_mode:
+            made["PT_HPU_ENABLE_LAZY_COLLECTIVES"] = "true"
+    if settings.network_interface:
+        libraries = {"hpu": ["HCCL", "GLOO"], "cuda": ["NCCL", "GLOO"], "cpu": ["GLOO"]}
+        for library in libraries[settings.device]:
+            made[f"{library}_SOCKET_IFNAME"] = settings.network_interface
+    return {"OMP_NUM_THREADS": str(threads), **environ, **made}
+
+
+class _Ranks:
+    """The processes of a run. Leaving the context ends those that are left.
+
+    Args:
+        log: gets every line that a rank prints.
+        grace: seconds between SIGTERM and SIGKILL.
+    """
+
+    def __init__(self, log: BinaryIO, grace: float):
+        self._log = log
+        self._grace = grace
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._printed = selectors.DefaultSelector()
+        self._kill_at: float | None = None
+
+    def __enter__(self) -> _Ranks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.send(signal.SIGKILL)
+        for process in self._processes:
+            process.wait()
+        self._printed.close()
+
+    def start(self, command: list[str], directory: Path, environ: dict[str, str]) -> None:
+        """Start one rank, in a session of its own: Ctrl-C is for the launcher to pass on."""
+        process = subprocess.Popen(
+            command,
+            cwd=directory,
+            env=environ,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            bufsize=0,
+            start_new_session=True,
+        )
+        self._processes.append(process)
+        assert process.stdout is not None
+        os.set_blocking(process.stdout.fileno(), False)
+        self._printed.register(process.stdout, selectors.EVENT_READ, _Lines(process.stdout))
+
+    def send(self, number: signal.Signals) -> None:
+        """Signal every rank that still runs."""
+        for process in self._processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    def end(self) -> None:
+        """Ask the ranks to end now, and see to it after the grace time."""
+        self.send(signal.SIGTERM)
+        self._kill_at = self._kill_at or time.monotonic() + self._grace
+
+    def wait(self) -> int:
+        """Pass output on until all ranks have ended; the run's exit code, see `run`."""
+        failed: int | None = None
+        while any(process.poll() is None for process in self._processes):
+            self._pass_on(_LOOK)
+            if failed is None and (failed := self._failed()) is not None:
+                self.end()
+            if self._kill_at is not None and time.monotonic() > self._kill_at:
+                self.send(signal.SIGKILL)
+        while self._pass_on(0):
+            pass
+        if failed is None:
+            failed = self._failed()
+        if failed is not None:
+            return failed
+        stopped = any(process.returncode == STOPPED_EARLY for process in self._processes)
+        return STOPPED_EARLY if stopped else 0
+
+    def _failed(self) -> int | None:
+        for process in self._processes:
+            code = process.poll()
+            if code not in (None, 0, STOPPED_EARLY):
+                return code if code > 0 else 128 - code
+        return None
+
+    def _pass_on(self, timeout: float) -> bool:
+        """Wait at most `timeout` seconds for output and pass on whole lines; whether there was."""
+        if not self._printed.get_map():
+            # The ranks have closed their output but still run.
+            time.sleep(timeout)
+        ready = self._printed.select(timeout)
+        for key, _ in ready:
+            text, more = key.data.read()
+            if not more:
+                self._printed.unregister(key.fileobj)
+            self._log.write(text)
+            self._log.flush()
+            # A terminal that is gone must not end the run.
+            with contextlib.suppress(OSError):
+                sys.stderr.buffer.write(text)
+                sys.stderr.flush()
+        return bool(ready)
+
+
+class _Lines:
+    """What a rank prints, cut at line ends so that those of two ranks do not mix."""
+
+    def __init__(self, pipe: IO[bytes]):
+        self._pipe = pipe
+        self._rest = b""
+
+    def read(self) -> tuple[bytes, bool]:
+        """The whole lines that there are now, and whether there may be more."""
+        chunk = self._pipe.read()
+        if chunk:
+            lines, end, self._rest = (self._rest + chunk).rpartition(b"\n")
+            return lines + end, True
+        rest, self._rest = self._rest, b""
+        return rest + b"\n" if rest else b"", chunk is None
+
+
+@contextlib.contextmanager
+def _signals(ranks: _Ranks) -> Iterator[None]:
+    """While here, the first signal asks the ranks to stop and save, the second ends them."""
+    asked = False
+
+    def act(_number: int, _frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            ranks.end()
+        else:
+            asked = True
+            os.write(2, b"hlrlhf: stopping after this step; once more to end now\n")
+            ranks.send(signal.SIGUSR1)
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    # One that is ignored, as nohup does with SIGHUP, stays ignored.
+    heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, act) for number in heard}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
