@@ -1,0 +1,5 @@
+"""`python -m hlrlhf` is `hlrlhf`."""
+
+from hlrlhf.cli import main
+
+main()
