@@ -154,14 +154,13 @@ def dump(resolved: Resolved) -> str:
         if groups and groups != previous:
             lines.append(f"{groups[0]}:")
         previous = groups
-        text = yaml.safe_dump(
-            given.value, default_flow_style=True, width=10**9, allow_unicode=True
-        ).removesuffix("\n...\n")
+        text = yaml.safe_dump(given.value, default_flow_style=True, width=10**9, allow_unicode=True)
+        text = text.removesuffix("...\n").removesuffix("\n")
         indent = "  " * len(groups)
         if name == "master_port" and resolved.is_default(name):
             # Read back as somebody's wish, it would no longer give way when it is taken.
             indent = "# "
-        lines.append(f"{indent}{key}: {text.rstrip()}  # {printable(str(given.origin))}")
+        lines.append(f"{indent}{key}: {text}  # {printable(str(given.origin))}")
     return "\n".join(lines) + "\n"
 
 

@@ -7,7 +7,6 @@ where the settings of a call come together.
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 # Made by the run: always paths.
@@ -39,6 +38,6 @@ def absolute(name: str, value: Any) -> Any:
     path = os.path.expanduser(value) if value.startswith("~") else value  # noqa: PTH111
     if name == "environment.python" and os.sep not in path:
         return path  # a command, even if a file here has the same name
-    if name in _OUTPUTS or Path(path).exists():
+    if name in _OUTPUTS or os.path.exists(path):  # noqa: PTH110 - Path raises on odd names
         return os.path.abspath(path)  # noqa: PTH100 - links stay; only dots go
     return path

@@ -83,6 +83,7 @@ class Group(BaseModel):
 
     model_config = ConfigDict(
         frozen=True,
+        defer_build=True,
         extra="forbid",
         allow_inf_nan=False,
         # ``model_path`` is a setting, not one of pydantic's own attributes.
