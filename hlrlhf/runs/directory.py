@@ -1,0 +1,182 @@
+"""One run directory and the job that was made from it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+
+class RunError(Exception):
+    """A run that cannot be made, found or used; says which and why."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What ``job.json`` says: how the run was started.
+
+    Attributes:
+        kind: by Slurm, or by a launcher on this machine.
+        id: the job's id; the launcher's process id.
+        cluster: the cluster to ask with ``-M``; None for the default one.
+        submitted: when, in Unix seconds. Slurm uses an id again after some time, so the id
+            alone does not name a job.
+    """
+
+    kind: Literal["slurm", "local"]
+    id: str
+    cluster: str | None
+    submitted: int
+
+    @property
+    def log_id(self) -> str:
+        """What the job's files in ``logs/`` begin with."""
+        return "local" if self.kind == "local" else self.id
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory.
+
+    Attributes:
+        directory: absolute.
+        link: the run's place in the index, when it was made here.
+        made: the folders above the directory that were made for it, innermost first.
+    """
+
+    directory: Path
+    link: Path | None = None
+    made: tuple[Path, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The directory's own name."""
+        return self.directory.name
+
+    @property
+    def settings_file(self) -> Path:
+        """All settings of the run."""
+        return self.directory / "settings.yaml"
+
+    @property
+    def script(self) -> Path:
+        """The batch script that runs."""
+        return self.directory / "job.sbatch"
+
+    @property
+    def job_file(self) -> Path:
+        """See `Job`. A launcher on this machine holds a lock on it while it lives."""
+        return self.directory / "job.json"
+
+    @property
+    def logs(self) -> Path:
+        """The folder of logs and exit codes."""
+        return self.directory / "logs"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a step."""
+        return self.directory / "metrics.jsonl"
+
+    def record(self, job: Job) -> None:
+        """Write ``job.json``.
+
+        Raises:
+            RunError: it cannot be written.
+        """
+        try:
+            # Written whole beside it and renamed, so that no reader sees half of it.
+            draft = self.directory / "job.json.new"
+            draft.write_text(json.dumps(asdict(job)) + "\n", encoding="utf-8")
+            draft.replace(self.job_file)
+        except OSError as error:
+            raise RunError(f"{self.job_file}: {error.strerror}") from error
+
+    def job(self) -> Job | None:
+        """The run's job, or None when it was never submitted.
+
+        Raises:
+            RunError: ``job.json`` cannot be understood.
+        """
+        try:
+            fields = json.loads(self.job_file.read_text(encoding="utf-8"))
+            job = Job(
+                fields["kind"], str(fields["id"]), fields["cluster"], int(fields["submitted"])
+            )
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise RunError(f"{self.job_file}: {error.strerror}") from error
+        except (ValueError, TypeError, KeyError) as error:
+            raise RunError(f"{self.job_file}: not a job's record") from error
+        # The id goes into commands and file names.
+        if job.kind not in ("slurm", "local") or not (job.id.isascii() and job.id.isdigit()):
+            raise RunError(f"{self.job_file}: not a job's record")
+        return job
+
+    def is_held(self) -> bool:
+        """Whether a launcher on this machine, or one that shares its disks, runs the run now."""
+        try:
+            with self.job_file.open() as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except FileNotFoundError:
+            return False
+        return False
+
+    def terminate(self) -> bool:
+        """Send SIGTERM to the run's launcher; False when it has ended.
+
+        Raises:
+            RunError: the launcher runs on another machine, or is not ours to signal.
+        """
+        job = self.job()
+        if job is None or job.kind != "local" or not self.is_held():
+            return False
+        pid = int(job.id)
+        try:
+            # A process id is used again, and means another process on another machine: hold on
+            # to the process first, then see that it is the one with our file open.
+            process = os.pidfd_open(pid)
+        except ProcessLookupError as error:
+            raise RunError(f"{self.name}: its launcher runs on another machine") from error
+        try:
+            if not self._is_open_in(pid):
+                raise RunError(f"{self.name}: its launcher runs on another machine")
+            signal.pidfd_send_signal(process, signal.SIGTERM)
+        except PermissionError as error:
+            raise RunError(f"{self.name}: process {pid} belongs to another user") from error
+        except ProcessLookupError:
+            return False
+        finally:
+            os.close(process)
+        return True
+
+    def _is_open_in(self, pid: int) -> bool:
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                if link.samefile(self.job_file):
+                    return True
+        return False
+
+    def discard(self) -> None:
+        """Remove the run and everything that `create` made for it."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+        if self.link is not None:
+            self.link.unlink(missing_ok=True)
+        remove_empty(self.made)
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove the folders that are there and empty, in the given order."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()

@@ -1,0 +1,124 @@
+"""What a run has written down so far: its logs, its exit codes and its last step."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hlrlhf.runs.directory import Job, Run
+
+# A line of metrics is some hundred bytes; this much of the file's end holds the last one.
+_TAIL = 64 * 1024
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The last step that a run finished; None where the record does not say.
+
+    Attributes:
+        step: from 1.
+        total_steps: steps of the whole run.
+        attempt: the attempt that did it, from 0.
+        reward: mean score of the step's answers.
+        seconds_left: to the end of the run, as guessed at that step.
+    """
+
+    step: int
+    total_steps: int | None
+    attempt: int
+    reward: float | None
+    seconds_left: float | None
+
+
+def progress(run: Run) -> Progress | None:
+    """The run's last step, or None before the first one.
+
+    The trainer may be writing at this moment: only whole lines count.
+    """
+    try:
+        with run.metrics.open("rb") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(0, end - _TAIL))
+            lines = file.read().split(b"\n")[:-1]
+    except OSError:
+        return None
+    for line in reversed(lines):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict) and (step := _number(record, "step")) is not None:
+            total = _number(record, "total_steps")
+            return Progress(
+                step=int(step),
+                total_steps=None if total is None else int(total),
+                attempt=int(_number(record, "attempt") or 0),
+                reward=_number(record, "reward"),
+                seconds_left=_number(record, "seconds_left"),
+            )
+    return None
+
+
+def attempts(run: Run, job: Job) -> dict[int, int | None]:
+    """The attempts of a job that left a trace, in order, each with the exit code that it wrote."""
+    found: dict[int, int | None] = {}
+    pattern = re.compile(rf"{re.escape(job.log_id)}\.([0-9]{{1,9}})\.(log|exit)", re.ASCII)
+    for name in _names(run.logs):
+        match = pattern.fullmatch(name)
+        if match is None:
+            continue
+        attempt = int(match[1])
+        found.setdefault(attempt, None)
+        if match[2] == "exit":
+            found[attempt] = _exit_code(run.logs / name)
+    return dict(sorted(found.items()))
+
+
+def log_files(run: Run, job: Job) -> list[Path]:
+    """The logs that there are, in reading order: the ranks' of every attempt, then the shell's.
+
+    The ranks' logs are one file when the run's setting ``log_file`` says so.
+
+    Raises:
+        SettingsError: ``settings.yaml`` is there and cannot be read.
+    """
+    own = [run.logs / f"{job.log_id}.{attempt}.log" for attempt in attempts(run, job)]
+    shared = _log_file(run)
+    files = [shared] if shared else own
+    return [path for path in [*files, run.logs / f"{job.log_id}.batch.log"] if path.is_file()]
+
+
+def _log_file(run: Run) -> Path | None:
+    if not run.settings_file.exists():
+        return None
+    from hlrlhf.settings import layers
+
+    setting = layers.load(run.settings_file).log_file
+    # As the ranks see it, who work in the run directory.
+    return run.directory / setting if setting else None
+
+
+def _number(record: dict[str, Any], key: str) -> float | None:
+    value = record.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return value
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)  # noqa: PTH208 - names are all that is needed
+    except OSError:
+        return []
+
+
+def _exit_code(path: Path) -> int | None:
+    try:
+        return int(path.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return None
