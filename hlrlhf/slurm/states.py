@@ -1,0 +1,177 @@
+"""What became of the jobs: queue, accounting and what the jobs themselves wrote, in one record.
+
+Slurm forgets: the queue minutes after a job's end, and many sites have no accounting. Slurm also
+uses job ids again. So each source is asked in turn, a record counts only if it was submitted no
+earlier than ours, and what nobody knows is UNKNOWN, which is never an end.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from hlrlhf.runs import Job, Run, attempts
+from hlrlhf.slurm import client
+from hlrlhf.slurm.answers import UNKNOWN, State, parse_accounting, parse_queue
+from hlrlhf.slurm.client import SlurmError
+
+# The clocks of the machine that submitted and of the controller may differ by this much.
+_SKEW = 60
+# With --watch, --wait and -f: pauses between two looks, and the longest one while Slurm is away.
+INTERVAL = 5.0
+_LONGEST = 60.0
+
+
+def look(runs: Sequence[Run], environ: Mapping[str, str] = os.environ) -> list[State]:
+    """The states of the runs' jobs, in the same order, by one question for each cluster.
+
+    Raises:
+        SlurmError: there is a Slurm job among them, and neither queue nor accounting answer.
+        RunError: a run's ``job.json`` cannot be understood.
+    """
+    jobs = [run.job() for run in runs]
+    states: dict[int, State] = {}
+    clusters: dict[str | None, list[int]] = {}
+    for place, (run, job) in enumerate(zip(runs, jobs, strict=True)):
+        if job is None:
+            states[place] = State(reason="was not submitted")
+        elif job.kind == "local":
+            states[place] = _local(run, job)
+        else:
+            clusters.setdefault(job.cluster, []).append(place)
+    for cluster, places in clusters.items():
+        pairs = [(runs[place], job) for place in places if (job := jobs[place])]
+        states.update(zip(places, _on_cluster(pairs, cluster, environ), strict=True))
+    return [states[place] for place in range(len(runs))]
+
+
+def poll(
+    runs: Sequence[Run],
+    environ: Mapping[str, str] = os.environ,
+    *,
+    interval: float = INTERVAL,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> Iterator[list[State]]:
+    """Look again and again, for as long as the caller goes on.
+
+    Args:
+        runs: whose jobs.
+        environ: the caller's environment.
+        interval: seconds between two looks; doubled, up to a minute, each time that Slurm does
+            not answer.
+        meanwhile: called about twice a second in between.
+
+    Raises:
+        SlurmError: the first look failed; later ones are tried again.
+    """
+    yield look(runs, environ)
+    pause = interval
+    while True:
+        next_look = time.monotonic() + pause
+        while (left := next_look - time.monotonic()) > 0:
+            meanwhile()
+            time.sleep(min(left, 0.5))
+        try:
+            states = look(runs, environ)
+        except SlurmError:
+            pause = min(2 * pause, max(_LONGEST, interval))
+        else:
+            pause = interval
+            yield states
+
+
+def _on_cluster(
+    pairs: Sequence[tuple[Run, Job]], cluster: str | None, environ: Mapping[str, str]
+) -> Iterator[State]:
+    """The states of jobs of one cluster, in the same order."""
+    no_queue: SlurmError | None = None
+    queued: dict[str, State] = {}
+    try:
+        queued = parse_queue(client.queue([job.id for _, job in pairs], cluster, environ))
+    except SlurmError as error:
+        no_queue = error
+    live = {job.id: queued[job.id] for _, job in pairs if _is_ours(job, queued.get(job.id))}
+    # The queue says all about a job that is in its first attempt.
+    asked = [job for _, job in pairs if not _is_first_attempt(job, live.get(job.id))]
+    recorded: dict[str, list[State]] = {}
+    if asked:
+        try:
+            since = min(*(job.submitted for job in asked), int(time.time())) - 3600
+            recorded = parse_accounting(
+                client.accounting(
+                    [job.id for job in asked],
+                    time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(since)),
+                    cluster,
+                    environ,
+                )
+            )
+        except SlurmError:
+            if no_queue:
+                raise no_queue from None
+    for run, job in pairs:
+        ours = [state for state in recorded.get(job.id, []) if _is_ours(job, state)]
+        yield merge(live.get(job.id), ours, attempts(run, job), queue_answered=no_queue is None)
+
+
+def merge(
+    queued: State | None,
+    recorded: Sequence[State],
+    traces: Mapping[int, int | None],
+    *,
+    queue_answered: bool = True,
+) -> State:
+    """One state from all that is known of one job.
+
+    Args:
+        queued: what the queue says.
+        recorded: what accounting says, one for each attempt, the last one last.
+        traces: the attempts that wrote a log or an exit code, see `runs.attempts`.
+        queue_answered: whether a job that is not in `queued` is not in the queue.
+    """
+    restarts = max([len(recorded) - 1, *traces, 0])
+    last = recorded[-1] if recorded else None
+    if queued and not queued.ended:
+        return replace(queued, restarts=restarts)
+    if last and last.ended:
+        return replace(last, restarts=restarts, reason=queued.reason if queued else last.reason)
+    code = traces[max(traces)] if traces else None
+    if queued:
+        exit_code = 0 if queued.state == "COMPLETED" else code
+        return replace(queued, restarts=restarts, exit_code=exit_code)
+    if last and not queue_answered:
+        return replace(last, restarts=restarts)
+    # Not in the queue, and accounting knows of no end. A controller that was restarted, or
+    # accounting that lags, may leave it so; an exit code in the run directory is an end.
+    known = last or State()
+    if code is not None:
+        state = "COMPLETED" if code == 0 else "FAILED"
+        return replace(known, state=state, exit_code=code, restarts=restarts, reason="")
+    if last:
+        reason = f"accounting says {last.state}, but it is not in the queue"
+    else:
+        reason = "neither queue nor accounting know it"
+    return replace(known, state=UNKNOWN, restarts=restarts, reason=reason)
+
+
+def _is_ours(job: Job, state: State | None) -> bool:
+    return state is not None and (state.submitted or 0) >= job.submitted - _SKEW
+
+
+def _is_first_attempt(job: Job, state: State | None) -> bool:
+    # A requeue counts as a new submission.
+    return state is not None and not state.ended and (state.submitted or 0) <= job.submitted + 1
+
+
+def _local(run: Run, job: Job) -> State:
+    """A run on this machine: the lock says that it runs, its exit code how it ended."""
+    traces = attempts(run, job)
+    code = traces[max(traces)] if traces else None
+    known = State(submitted=job.submitted, started=job.submitted, nodes=1, exit_code=code)
+    if run.is_held():
+        elapsed = max(0, int(time.time()) - job.submitted)
+        return replace(known, state="RUNNING", elapsed=elapsed, exit_code=None)
+    if code is None:
+        return replace(known, state="FAILED", reason="the launcher was killed")
+    return replace(known, state="COMPLETED" if code == 0 else "FAILED")
