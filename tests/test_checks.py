@@ -1,0 +1,117 @@
+"""Settings that do not go together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hlrlhf.settings import SettingsError, resolve
+
+MANDATORY = {
+    "HL_TAG": "first",
+    "HL_BASE_OUT_PATH": "/runs",
+    "HL_ACTOR_MODEL_PATH": "/models/actor",
+    "HL_CRITIC_MODEL_PATH": "/models/critic",
+    "HL_DATASET_PATH": "/data/prompts",
+}
+
+
+def problems(*flags: str, preset: str | None = None, **environ: str) -> list[str]:
+    try:
+        resolve(preset, environ=MANDATORY | environ, flags=flags)
+    except SettingsError as error:
+        return [str(problem) for problem in error.problems]
+    return []
+
+
+@pytest.mark.parametrize(
+    ("gbs", "mbs", "devices", "nearest"),
+    [
+        (33, 4, 8, "nearest: 32 or 64"),
+        (63, 4, 8, "nearest: 32 or 64"),
+        (31, 4, 8, "nearest: 32"),
+        (1, 2, 1, "nearest: 2"),
+    ],
+)
+def test_global_batch_that_does_not_divide(gbs: int, mbs: int, devices: int, nearest: str) -> None:
+    (problem,) = problems(
+        f"devices_per_node={devices}", HL_GBS=str(gbs), HL_MBS=str(mbs), HL_NUM_NODES="1"
+    )
+    assert problem == (
+        f"gbs = {gbs} (environment HL_GBS), mbs = {mbs} (environment HL_MBS), "
+        f"num_nodes = 1 (environment HL_NUM_NODES), devices_per_node = {devices} (flag --set): "
+        "the global batch must be a multiple of nodes x devices x micro batch = "
+        f"{mbs * devices}; {nearest}"
+    )
+
+
+def test_global_batch_over_several_nodes() -> None:
+    assert "= 64; nearest: 64" in problems("num_nodes=2", preset="llama2-7b")[0]
+    assert problems("num_nodes=2", "gbs=64", preset="llama2-7b") == []
+
+
+def test_origins_are_told_for_a_preset() -> None:
+    (problem,) = problems("mbs=5", preset="llama2-7b")
+    assert "gbs = 32 (preset " in problem
+    assert "mbs = 5 (flag --set)" in problem
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["slurm.mem=1G", "slurm.mem_per_cpu=1G"], "Slurm takes one of the three"),
+        (["slurm.mem=0", "slurm.mem_per_gpu=1G"], "Slurm takes one of the three"),
+        (["slurm.gres_type=HL-225", "slurm.gres_name="], "a type needs a gres name"),
+        (["slurm.gres_type=HL-225", "device=cpu"], "a type needs a gres name"),
+        (["slurm.mail_type=END"], "mail needs somebody to go to"),
+        (["hpz.enabled_actor=1"], "hpZ needs ZeRO stage 3"),
+        (["hpz.enabled_critic=1", "actor.zero_stage=3"], "hpZ needs ZeRO stage 3"),
+        (["container.image=x.sif"], "has no effect without a container"),
+        (["container.mounts=/a:/b"], "has no effect without a container"),
+        (["container.args=--net"], "has no effect without a container"),
+        (["container.kind=apptainer"], "a container needs an image"),
+        (["only_optimize_lora=1"], "there is no LoRA to optimize"),
+        (["dataset.path=/a /b", "dataset.weights=1"], "one weight per data set"),
+        (["dataset.weights=1 2"], "one weight per data set"),
+        (["hybrid_engine=1"], "device=cuda only"),
+    ],
+)
+def test_contradiction(flags: list[str], said: str) -> None:
+    (problem,) = problems(*flags)
+    assert said in problem
+    for flag in flags:
+        assert flag.partition("=")[0] + " = " in problem or "actor.zero_stage" in flag
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["slurm.mem=0"],
+        ["slurm.gres_type=HL-225"],
+        ["slurm.gres_type=HL-225", "device=cpu", "slurm.gres_name=gpu"],
+        ["slurm.mail_type=END", "slurm.mail_user=me"],
+        ["hpz.enabled_actor=1", "actor.zero_stage=3"],
+        ["container.kind=docker", "container.image=x", "container.mounts=/a:/b"],
+        ["only_optimize_lora=1", "lora.dim=8"],
+        ["dataset.path=/a /b", "dataset.weights=1 2"],
+        ["hybrid_engine=1", "device=cuda"],
+    ],
+)
+def test_what_goes_together(flags: list[str]) -> None:
+    assert problems(*flags) == []
+
+
+def test_several_contradictions_at_once() -> None:
+    assert len(problems("gbs=33", "hybrid_engine=1", "slurm.mail_type=END")) == 3
+
+
+def test_a_setting_in_doubt_contradicts_nothing() -> None:
+    (problem,) = problems("mbs=0", "gbs=33")
+    assert problem.startswith("mbs = '0'")
+
+
+def test_a_preset_may_foresee_lora(tmp_path: Path) -> None:
+    assert problems(preset="bloom-1.1b-560m") == []
+    assert "there is no LoRA" in problems(preset="bloom-1.1b-560m", HL_ONLY_OPTIMIZE_LORA="1")[0]
+    assert problems("lora.dim=8", preset="bloom-1.1b-560m", HL_ONLY_OPTIMIZE_LORA="1") == []
