@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -93,6 +94,7 @@ def log_files(run: Run, job: Job) -> list[Path]:
     return [path for path in [*files, run.logs / f"{job.log_id}.batch.log"] if path.is_file()]
 
 
+@functools.cache
 def _log_file(run: Run) -> Path | None:
     if not run.settings_file.exists():
         return None

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from hlrlhf.runs import Job, Run, attempts
+from hlrlhf.runs import Job, Run, RunError, attempts
 from hlrlhf.slurm import client
 from hlrlhf.slurm.answers import UNKNOWN, State, parse_accounting, parse_queue
 from hlrlhf.slurm.client import SlurmError
@@ -29,22 +29,26 @@ def look(runs: Sequence[Run], environ: Mapping[str, str] = os.environ) -> list[S
 
     Raises:
         SlurmError: there is a Slurm job among them, and neither queue nor accounting answer.
-        RunError: a run's ``job.json`` cannot be understood.
     """
-    jobs = [run.job() for run in runs]
-    states: dict[int, State] = {}
-    clusters: dict[str | None, list[int]] = {}
-    for place, (run, job) in enumerate(zip(runs, jobs, strict=True)):
+    states: dict[Run, State] = {}
+    clusters: dict[str | None, list[tuple[Run, Job]]] = {}
+    for run in runs:
+        try:
+            job = run.job()
+        except RunError as error:
+            # One run that was tampered with must not hide all others.
+            states[run] = State(reason=str(error))
+            continue
         if job is None:
-            states[place] = State(reason="was not submitted")
+            states[run] = State(reason="was not submitted")
         elif job.kind == "local":
-            states[place] = _local(run, job)
+            states[run] = _local(run, job)
         else:
-            clusters.setdefault(job.cluster, []).append(place)
-    for cluster, places in clusters.items():
-        pairs = [(runs[place], job) for place in places if (job := jobs[place])]
-        states.update(zip(places, _on_cluster(pairs, cluster, environ), strict=True))
-    return [states[place] for place in range(len(runs))]
+            clusters.setdefault(job.cluster, []).append((run, job))
+    for cluster, pairs in clusters.items():
+        for (run, _), state in zip(pairs, _on_cluster(pairs, cluster, environ), strict=True):
+            states[run] = state
+    return [states[run] for run in runs]
 
 
 def poll(

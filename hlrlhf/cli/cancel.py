@@ -1,0 +1,61 @@
+"""`hlrlhf cancel`"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from hlrlhf import runs
+from hlrlhf.slurm import client, states
+from hlrlhf.slurm.answers import UNKNOWN
+
+
+def cancel(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RUN]...", help="Names, directories or job ids."),
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Cancel every run that has not ended.")
+    ] = False,
+) -> None:
+    """Stop runs: a Slurm job is cancelled, a run on this machine is asked to save and stop."""
+    if bool(names) == everything:
+        raise typer.BadParameter("give the runs to cancel, or --all")
+    chosen = [runs.find(name) for name in names] if names else runs.every()
+    clusters: dict[str | None, dict[str, str]] = {}
+    failed = False
+    for run, state in zip(chosen, states.look(chosen), strict=True):
+        try:
+            job = run.job()
+            if job is None or state.ended:
+                if not everything:
+                    _say(run.name, f"has ended already: {state.state}" if job else state.reason)
+            elif job.kind == "local":
+                _say(run.name, "asked to stop" if run.terminate() else "has ended already")
+            else:
+                clusters.setdefault(job.cluster, {})[job.id] = run.name
+                # It may be a job that Slurm has forgotten, so it is neither stopped nor ended.
+                if state.state == UNKNOWN and not everything:
+                    _say(run.name, state.reason)
+                    failed = True
+        except runs.RunError as error:
+            _say("hlrlhf", str(error))
+            failed = True
+    for cluster, jobs in clusters.items():
+        try:
+            client.cancel(list(jobs), cluster)
+        except client.Rejected as error:
+            _say("hlrlhf", str(error))
+            failed = True
+        else:
+            for job_id, name in jobs.items():
+                _say(name, f"asked Slurm to cancel job {job_id}")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _say(who: str, what: str) -> None:
+    print(f"{who}: {what}", file=sys.stderr)
