@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from cluster import Cluster, missing
+
+from hlrlhf import runs
+from hlrlhf.runs import Job, Run
+from hlrlhf.slurm import client
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +61,34 @@ def on_slurm_without_accounting(
     return _enter(slurm_without_accounting, monkeypatch)
 
 
+@pytest.fixture
+def submit(tmp_path: Path) -> Callable[..., Run]:
+    """Makes a run of a few shell lines and submits it to the cluster of this test."""
+
+    def submit(body: str, *directives: str, tag: str = "run") -> Run:
+        run = runs.create(tmp_path / "runs", tag)
+        options = (f"--chdir={run.directory}", "--output=logs/%j.batch.log", *directives)
+        lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in options), body]
+        run.script.write_text("\n".join(lines) + "\n")
+        submitted = int(time.time())
+        job_id, cluster = client.submit(run.script)
+        run.record(Job("slurm", job_id, cluster, submitted))
+        return run
+
+    return submit
+
+
 def _enter(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
     for name in ("PATH", "SLURM_CONF", "HL_MASTER_ADDR"):
         monkeypatch.setenv(name, cluster.environ[name])
     return cluster
+
+
+@pytest.fixture(scope="session")
+def demo_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's folder: actor, reward, reward-hf and prompts."""
+    from hlrlhf.trainer import demo
+
+    folder = tmp_path_factory.mktemp("demo") / "models"
+    demo.make(folder)
+    return folder
