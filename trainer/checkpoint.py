@@ -1,0 +1,59 @@
+"""Saving actor and critic as Hugging Face folders that anything else can load."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from hlrlhf.trainer import lora
+from hlrlhf.trainer.engine import whole_weights
+from hlrlhf.trainer.models import Policy, Scorer, unwrapped
+
+
+def save_models(folder: Path, actor: Any, critic: Any, tokenizer: Any) -> None:
+    """Write ``actor/`` and ``critic/``, LoRA merged, and ``*-adapter/`` beside them.
+
+    The folder appears whole or not at all; one that is there already is replaced. All ranks have
+    to call it.
+
+    Args:
+        folder: where.
+        actor, critic: engines.
+        tokenizer: the actor's.
+    """
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    if dist.get_rank() == 0:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+    for role, engine in (("actor", actor), ("critic", critic)):
+        weights = whole_weights(engine)
+        if dist.get_rank() == 0:
+            _save(unfinished, role, engine.module, weights, tokenizer)
+    if dist.get_rank() == 0:
+        if folder.exists():
+            shutil.rmtree(folder)
+        unfinished.rename(folder)
+    dist.barrier()
+
+
+def _save(
+    folder: Path, role: str, model: Policy | Scorer, weights: dict[str, Tensor], tokenizer: Any
+) -> None:
+    inner: Any = model.lm if isinstance(model, Policy) else model.classifier
+    prefix = "lm." if isinstance(model, Policy) else "classifier."
+    weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+    plain = unwrapped(inner)
+    if plain is not inner:
+        inner.save_pretrained(folder / f"{role}-adapter", state_dict=weights)
+        weights = lora.merged(inner, weights)
+    plain.save_pretrained(folder / role, state_dict=weights)
+    if isinstance(model, Policy):
+        # As text, not through its own save: what a checkpoint came with need not pass the checks
+        # of this release of transformers.
+        text = model.generation_config.to_json_string()
+        (folder / role / "generation_config.json").write_text(text, encoding="utf-8")
+    tokenizer.save_pretrained(folder / role)

@@ -1,0 +1,227 @@
+"""Prompts: read by one rank, given to all, taken step by step.
+
+Only rank 0 touches the data sets and their caches; the others receive token ids. So no two ranks
+ever write one file, and every rank sees the same prompts in the same order.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from torch import Tensor
+
+from hlrlhf.settings import Settings
+from hlrlhf.trainer.errors import TrainerError
+
+# Where the last answer of a transcript begins, in the format of Anthropic's hh-rlhf.
+TRANSCRIPT_TURN = "\n\nAssistant:"
+BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Tokenized prompts and the order in which a run takes them.
+
+    Attributes:
+        ids: the prompts' token ids.
+        seed: of the order.
+    """
+
+    ids: list[list[int]]
+    seed: int
+
+    def batch(self, step: int, size: int) -> list[int]:
+        """Indices of the global batch of a step.
+
+        The run walks one endless stream, a new permutation for each pass over the prompts, so a
+        batch may span two passes and no prompt is lost at a pass's end. The batch follows from the
+        step alone.
+
+        Args:
+            step: counted from 0.
+            size: of the global batch.
+        """
+        return [self._at(position) for position in range(step * size, (step + 1) * size)]
+
+    def _at(self, position: int) -> int:
+        epoch, offset = divmod(position, len(self.ids))
+        return self._permutation(epoch)[offset]
+
+    def _permutation(self, epoch: int) -> list[int]:
+        cached: dict[int, list[int]] = self.__dict__.setdefault("_permutations", {})
+        if epoch not in cached:
+            generator = torch.Generator().manual_seed(self.seed + epoch)
+            cached[epoch] = torch.randperm(len(self.ids), generator=generator).tolist()
+            cached.pop(epoch - 2, None)
+        return cached[epoch]
+
+
+def load_prompts(settings: Settings, tokenizer: Any, device: torch.device) -> Prompts:
+    """Every prompt of the run, on every rank.
+
+    Rank 0 prints how many there are and how many were dropped as too long.
+
+    Raises:
+        TrainerError: on rank 0, when a data set cannot be read, lacks the column, or leaves no
+            prompt.
+    """
+    ids: list[list[int]] = []
+    if dist.get_rank() == 0:
+        ids = blend(
+            [read(path, settings, tokenizer) for path in settings.dataset.path],
+            settings.dataset.weights,
+            settings.seed,
+        )
+    return Prompts(_to_all_ranks(ids, device), settings.seed)
+
+
+def read(path: str, settings: Settings, tokenizer: Any) -> list[list[int]]:
+    """The prompts of one data set as token ids, those that are too long left out and counted.
+
+    Raises:
+        TrainerError: see `load_prompts`.
+    """
+    with tempfile.TemporaryDirectory() as cache:
+        rows = _open(path, settings.dataset.split, cache)
+        column = _column(path, rows, settings.dataset.prompt_column)
+        ids = [_tokenize(_prompt(path, column, value), tokenizer) for value in rows[column]]
+    limit = settings.dataset.max_prompt_tokens
+    kept = [prompt for prompt in ids if 0 < len(prompt) <= limit]
+    print(
+        f"{path}: {len(kept)} prompts, {len(ids) - len(kept)} dropped: empty or over {limit} tokens"
+    )
+    if not kept:
+        raise TrainerError(
+            f"{path}: none of its {len(ids)} prompts has at most {limit} tokens "
+            "(HL_DATASET_MAX_PROMPT_TOKENS)"
+        )
+    return kept
+
+
+def blend(
+    sets: Sequence[list[list[int]]], weights: Sequence[float] | None, seed: int
+) -> list[list[int]]:
+    """One list of prompts from several.
+
+    Args:
+        sets: prompts of each data set.
+        weights: the share of each in the blend, up to a common factor. The blend is as large as it
+            can be without taking a prompt twice; None takes all of all.
+        seed: of the choice within a set.
+    """
+    if weights is None:
+        return [prompt for prompts in sets for prompt in prompts]
+    scale = min(len(prompts) / weight for prompts, weight in zip(sets, weights, strict=True))
+    mixed = []
+    for index, (prompts, weight) in enumerate(zip(sets, weights, strict=True)):
+        generator = torch.Generator().manual_seed(seed + index)
+        chosen = torch.randperm(len(prompts), generator=generator)[: round(scale * weight)]
+        mixed += [prompts[position] for position in chosen.tolist()]
+    return mixed
+
+
+def pad_left(prompts: Sequence[list[int]], pad: int, multiple: int) -> tuple[Tensor, Tensor]:
+    """Prompts as one batch.
+
+    Args:
+        prompts: token ids.
+        pad: the id that fills up.
+        multiple: the width is rounded up to a multiple of this.
+
+    Returns:
+        ids and attention mask, both [b, l].
+    """
+    widest = max(len(prompt) for prompt in prompts)
+    width = -(-widest // multiple) * multiple
+    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return ids, mask
+
+
+def _open(path: str, split: str, cache: str) -> Any:
+    """One data set; files are converted in a cache of their own, which goes with this process."""
+    local = Path(path)
+    try:
+        if not local.exists():
+            return load_dataset(path, split=split)
+        if local.is_file():
+            if local.suffix not in BUILDERS:
+                raise TrainerError(f"{path}: not one of {', '.join(BUILDERS)}")
+            builder = BUILDERS[local.suffix]
+            return load_dataset(builder, data_files=path, split="train", cache_dir=cache)
+        if not any((local / name).exists() for name in ("state.json", "dataset_dict.json")):
+            return load_dataset(path, split=split, cache_dir=cache)
+        saved = load_from_disk(path)
+    except TrainerError:
+        raise
+    except Exception as error:  # the library raises types of its own, many of them
+        raise TrainerError(f"{path}: no data set can be read from it: {error}") from error
+    if isinstance(saved, DatasetDict):
+        if split not in saved:
+            raise TrainerError(f"{path}: no split {split}; it has {', '.join(saved)}")
+        return saved[split]
+    return saved
+
+
+def _column(path: str, rows: Dataset, wanted: str | None) -> str:
+    candidates = [wanted] if wanted else ["prompt", "messages", "chosen"]
+    for column in candidates:
+        if column in rows.column_names:
+            return column
+    raise TrainerError(
+        f"{path}: has no column {' or '.join(candidates)}; it has {', '.join(rows.column_names)} "
+        "(HL_DATASET_PROMPT_COLUMN)"
+    )
+
+
+def _prompt(path: str, column: str, value: Any) -> str | list[dict[str, str]]:
+    """The prompt in a cell: text as it is, a transcript or a chat up to its last answer."""
+    if isinstance(value, str):
+        if column != "chosen":
+            return value
+        head, turn, _ = value.rpartition(TRANSCRIPT_TURN)
+        if not turn:
+            raise TrainerError(
+                f"{path}: a transcript in column {column} has no turn {TRANSCRIPT_TURN!r}"
+            )
+        return head + turn
+    if isinstance(value, list) and value and all("role" in turn for turn in value):
+        return value[:-1] if value[-1]["role"] == "assistant" else value
+    raise TrainerError(f"{path}: column {column} holds neither text nor chat messages: {value!r}")
+
+
+def _tokenize(prompt: str | list[dict[str, str]], tokenizer: Any) -> list[int]:
+    if isinstance(prompt, str):
+        ids: list[int] = tokenizer(prompt)["input_ids"]
+        # Some tokenizers end every text; an answer cannot follow an end.
+        return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+    if tokenizer.chat_template is None:
+        raise TrainerError(
+            "the data holds chat messages, but the actor's tokenizer has no chat template"
+        )
+    text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    # The template has written the special tokens already.
+    encoded: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return encoded
+
+
+def _to_all_ranks(ids: list[list[int]], device: torch.device) -> list[list[int]]:
+    """Rank 0's prompts on every rank: one tensor of lengths, one of ids."""
+    count = torch.tensor([len(ids), sum(len(prompt) for prompt in ids)], device=device)
+    dist.broadcast(count, src=0)
+    prompts, tokens = count.tolist()
+    lengths = torch.empty(prompts, dtype=torch.int32, device=device)
+    flat = torch.empty(tokens, dtype=torch.int32, device=device)
+    if ids:
+        lengths.copy_(torch.tensor([len(prompt) for prompt in ids]))
+        flat.copy_(torch.tensor([token for prompt in ids for token in prompt]))
+    dist.broadcast(lengths, src=0)
+    dist.broadcast(flat, src=0)
+    return [part.tolist() for part in flat.cpu().split(lengths.tolist())]

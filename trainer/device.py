@@ -1,0 +1,198 @@
+"""The only file that knows cpu, cuda and hpu apart."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import os
+import platform
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from hlrlhf.settings import Settings
+from hlrlhf.trainer.errors import TrainerError
+
+
+class Device:
+    """What a rank computes on.
+
+    Attributes:
+        backend: name of the collective backend.
+        torch: the rank's device.
+        pad_to: widths of token batches are rounded up to a multiple of this; devices that compile
+            for each new shape ask for few of them.
+        static_cache: whether the key-value cache must have one shape for the whole generation.
+    """
+
+    backend = "gloo"
+    pad_to = 1
+    static_cache = False
+
+    def __init__(self, settings: Settings, local_rank: int):
+        self.torch = torch.device("cpu")
+
+    def step_done(self) -> None:
+        """Tell the device that a part of a step is complete."""
+
+    @contextlib.contextmanager
+    def generating(self, model: Any) -> Iterator[dict[str, Any]]:
+        """Prepare `model` for generation; yields further arguments for its ``generate``."""
+        yield {}
+
+    def adamw(self, groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
+        """AdamW in its fastest form that needs no compiler."""
+        return torch.optim.AdamW(groups, fused=True, **options)
+
+    def synchronize(self) -> None:
+        """Wait until all work is done, so that a clock tells the truth."""
+
+    def peak_memory(self) -> int:
+        """Most bytes of device memory that this rank has held so far; 0 when nobody counts."""
+        return 0
+
+
+class Cpu(Device):
+    """Processors, with gloo between the ranks."""
+
+    def __init__(self, settings: Settings, local_rank: int):
+        super().__init__(settings, local_rank)
+        # DeepSpeed would build a shared-memory all-reduce in C++ at the first start; gloo does.
+        ops = importlib.import_module("deepspeed.ops")
+        ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if settings.dtype == "bf16" and local_rank == 0 and not _has_bf16_units():
+            print(
+                "warning: this processor has no AVX512-BF16 or AMX, where bf16 is several times "
+                "slower than fp32; consider HL_DTYPE=fp32",
+                flush=True,
+            )
+
+
+class Cuda(Device):
+    """NVIDIA GPUs, with NCCL between the ranks."""
+
+    backend = "nccl"
+
+    def __init__(self, settings: Settings, local_rank: int):
+        if not torch.cuda.is_available():
+            raise TrainerError("device = cuda, but torch sees no GPU on this node")
+        if local_rank >= torch.cuda.device_count():
+            raise TrainerError(
+                f"devices_per_node = {settings.devices_per_node}, but this node shows "
+                f"{torch.cuda.device_count()} GPUs to the job"
+            )
+        self.torch = torch.device("cuda", local_rank)
+        torch.cuda.set_device(self.torch)
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
+
+    def peak_memory(self) -> int:
+        return torch.cuda.max_memory_allocated()
+
+
+class Hpu(Device):
+    """Intel Gaudi, with HCCL between the ranks.
+
+    In lazy mode work is collected until ``mark_step`` and generation runs as HPU graphs; in eager
+    mode each operation runs at once. The mode is an environment variable that the bridge reads
+    when it is imported, so it has to be right before.
+    """
+
+    backend = "hccl"
+    # Each new shape compiles a recipe: a few widths, one cache shape.
+    pad_to = 128
+    static_cache = True
+
+    def __init__(self, settings: Settings, local_rank: int):
+        if importlib.util.find_spec("habana_frameworks") is None:
+            raise TrainerError(
+                "device = hpu, but this Python has no habana_frameworks; use the Python of Intel's "
+                "Gaudi image or installer, or set HL_DEVICE"
+            )
+        mode = "1" if settings.hpu.lazy_mode else "0"
+        if os.environ.setdefault("PT_HPU_LAZY_MODE", mode) != mode:
+            raise TrainerError(
+                f"hpu.lazy_mode = {settings.hpu.lazy_mode}, but PT_HPU_LAZY_MODE="
+                f"{os.environ['PT_HPU_LAZY_MODE']} in the environment; set HL_HPU_LAZY_MODE instead"
+            )
+        os.environ.setdefault("DS_ACCELERATOR", "hpu")
+        self._lazy = settings.hpu.lazy_mode
+        self._graphs = self._lazy and settings.enable_hpu_graphs
+        self._core = importlib.import_module("habana_frameworks.torch.core")
+        self._hpu = importlib.import_module("habana_frameworks.torch.hpu")
+        importlib.import_module("habana_frameworks.torch.distributed.hccl")
+        self._optimum = _adapt_transformers()
+        self._graph_forwards: dict[int, Any] = {}
+        # The module id of a rank is its LOCAL_RANK, and torch's index is always 0 in a process.
+        self.torch = torch.device("hpu")
+
+    def step_done(self) -> None:
+        if self._lazy:
+            self._core.mark_step()
+
+    @contextlib.contextmanager
+    def generating(self, model: Any) -> Iterator[dict[str, Any]]:
+        arguments: dict[str, Any] = {}
+        if self._optimum:
+            # Optimum's generate stops at the longest answer only, unless it is told otherwise.
+            arguments = {
+                "lazy_mode": self._lazy,
+                "hpu_graphs": self._graphs,
+                "ignore_eos": False,
+            }
+        if not self._graphs:
+            yield arguments
+            return
+        # Training must not run through the recorded graph: the graph's forward is kept aside and
+        # stands in for the module's own only while it generates.
+        plain = model.forward
+        if id(model) not in self._graph_forwards:
+            self._hpu.wrap_in_hpu_graph(model)
+            self._graph_forwards[id(model)] = model.forward
+        model.forward = self._graph_forwards[id(model)]
+        try:
+            yield arguments
+        finally:
+            model.forward = plain
+
+    def adamw(self, groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
+        optimizers = importlib.import_module("habana_frameworks.torch.hpex.optimizers")
+        optimizer: torch.optim.Optimizer = optimizers.FusedAdamW(groups, **options)
+        return optimizer
+
+    def synchronize(self) -> None:
+        self._hpu.synchronize()
+
+    def peak_memory(self) -> int:
+        return int(self._hpu.max_memory_allocated())
+
+
+def select(settings: Settings, local_rank: int) -> Device:
+    """The device of this rank, ready to use.
+
+    Raises:
+        TrainerError: the node does not have what the settings ask for.
+    """
+    os.environ["DS_ACCELERATOR"] = settings.device
+    return {"cpu": Cpu, "cuda": Cuda, "hpu": Hpu}[settings.device](settings, local_rank)
+
+
+def _adapt_transformers() -> bool:
+    """Let Optimum for Gaudi patch transformers where a site has installed it."""
+    try:
+        found = importlib.util.find_spec("optimum.habana") is not None
+    except ModuleNotFoundError:
+        found = False
+    if found:
+        utilities = importlib.import_module("optimum.habana.transformers.modeling_utils")
+        utilities.adapt_transformers_to_gaudi()
+    return found
+
+
+def _has_bf16_units() -> bool:
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return True  # a guess would only be noise
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

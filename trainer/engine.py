@@ -1,0 +1,230 @@
+"""DeepSpeed: the models that train, the ones that are frozen, and whole weights when needed."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import logger as deepspeed_logger
+from torch import Tensor, nn
+
+from hlrlhf.settings import Settings
+from hlrlhf.settings.schema import Actor, Critic
+from hlrlhf.trainer.device import Device
+from hlrlhf.trainer.errors import TrainerError
+from hlrlhf.trainer.lora import is_adapter
+from hlrlhf.trainer.models import Policy, Scorer
+
+
+def start(device: Device) -> None:
+    """Join the other ranks, by the variables that torchrun also sets.
+
+    Raises:
+        TrainerError: the rendezvous port is taken.
+    """
+    deepspeed_logger.setLevel(logging.WARNING)
+    try:
+        deepspeed.init_distributed(dist_backend=device.backend, verbose=False)
+    except (dist.DistNetworkError, RuntimeError) as error:
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+            raise TrainerError(
+                "the rendezvous port was taken between the start of the job and the start of the "
+                "ranks (EADDRINUSE); submit again, or choose one with HL_MASTER_PORT"
+            ) from error
+        raise
+
+
+def check_hybrid_engine(settings: Settings) -> None:
+    """Stop before any model loads when DeepSpeed's hybrid engine cannot run here.
+
+    Raises:
+        TrainerError: naming what is missing.
+    """
+    if not settings.hybrid_engine:
+        return
+    from deepspeed.ops.op_builder import InferenceBuilder
+
+    if not InferenceBuilder().is_compatible(verbose=False):
+        raise TrainerError(
+            "hybrid_engine = true, but DeepSpeed cannot build its inference kernels here (no CUDA "
+            "compiler, or this GPU is not supported); set HL_HYBRID_ENGINE=0"
+        )
+
+
+def trained(
+    model: Policy | Scorer, own: Actor | Critic, settings: Settings, device: Device, updates: int
+) -> Any:
+    """A DeepSpeed engine around a model that trains.
+
+    Args:
+        model: on any device; the engine moves it.
+        own: the model's own settings.
+        settings: all of them.
+        device: the rank's.
+        updates: optimizer steps of the whole run, the length of the schedule.
+    """
+    is_actor = isinstance(own, Actor)
+    optimizer = device.adamw(
+        parameter_groups(
+            model,
+            own.learning_rate,
+            settings.lora.actor_lr if is_actor else settings.lora.critic_lr,
+            own.weight_decay,
+        ),
+        lr=own.learning_rate,
+        betas=(settings.optimizer.beta1, settings.optimizer.beta2),
+        eps=settings.optimizer.epsilon,
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        learning_rate_factor(settings.optimizer.lr_scheduler, settings.num_warmup_steps, updates),
+    )
+    config = _config(settings, own.zero_stage) | {
+        "train_batch_size": settings.gbs,
+        "train_micro_batch_size_per_gpu": settings.mbs,
+        "gradient_clipping": settings.optimizer.gradient_clipping,
+        # torch's own AdamW rather than DeepSpeed's, which would be compiled at the first start.
+        "zero_allow_untested_optimizer": True,
+    }
+    if settings.hpz.enabled_actor if is_actor else settings.hpz.enabled_critic:
+        config["zero_optimization"]["zero_hpz_partition_size"] = settings.devices_per_node
+    if settings.hybrid_engine and is_actor:
+        config["hybrid_engine"] = {
+            "enabled": True,
+            "max_out_tokens": settings.dataset.max_prompt_tokens
+            + settings.generation.max_new_tokens,
+        }
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, lr_scheduler=schedule, config=config
+    )
+    return engine
+
+
+def frozen(model: Policy | Scorer, zero_stage: int, settings: Settings, device: Device) -> Any:
+    """A model that only scores: under ZeRO-3 partitioned over the ranks, else whole on each.
+
+    Args:
+        model: on any device.
+        zero_stage: that of the trained model which this one is a sibling of.
+        settings: all of them.
+        device: the rank's.
+    """
+    model.requires_grad_(False).eval()
+    if zero_stage < 3:
+        return model.to(device.torch)
+    config = _config(settings, zero_stage) | {
+        "train_micro_batch_size_per_gpu": settings.mbs,
+        "train_batch_size": settings.mbs * settings.world_size,
+    }
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    return engine.eval()
+
+
+def parameter_groups(
+    model: nn.Module, rate: float, adapter_rate: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """AdamW's groups: matrices with decay, adapters at their own rate, vectors without decay.
+
+    Biases and norms are vectors. Empty groups and parameters that do not train are left out.
+    """
+    groups: dict[str, list[nn.Parameter]] = {"decay": [], "lora": [], "no_decay": []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            kind = "lora" if is_adapter(name) else "decay" if parameter.ndim > 1 else "no_decay"
+            groups[kind].append(parameter)
+    options = {
+        "decay": {"lr": rate, "weight_decay": weight_decay},
+        "lora": {"lr": adapter_rate, "weight_decay": weight_decay},
+        "no_decay": {"lr": rate, "weight_decay": 0.0},
+    }
+    return [
+        {"name": kind, "params": parameters, **options[kind]}
+        for kind, parameters in groups.items()
+        if parameters
+    ]
+
+
+def learning_rate_factor(kind: str, warmup: int, updates: int) -> Callable[[int], float]:
+    """The share of the peak learning rate at each optimizer step, counted from 0.
+
+    It rises linearly over `warmup` steps; then it falls to 0 at step `updates` along half a cosine
+    or a line, or stays. A run that is shorter than its warm-up only rises.
+    """
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        done = min(1.0, (step - warmup) / max(1, updates - warmup))
+        if kind == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * done))
+        return 1 - done if kind == "linear" else 1.0
+
+    return factor
+
+
+def whole_weights(engine: Any) -> dict[str, Tensor]:
+    """A model's weights by name, whole, on the CPU of rank 0; all ranks have to call it.
+
+    Returns:
+        Empty on the other ranks. Tied weights appear under each of their names.
+    """
+    weights = {}
+    for name, value in engine.module.state_dict(keep_vars=True).items():
+        with deepspeed.zero.GatheredParameters([value], enabled=hasattr(value, "ds_id")):
+            if dist.get_rank() == 0:
+                weights[name] = value.detach().cpu().clone()
+    return weights
+
+
+@contextlib.contextmanager
+def gathered(engine: Any) -> Iterator[None]:
+    """Under ZeRO-3 hold every weight on every rank, so that a rollout runs without collectives.
+
+    Gathering layer by layer at each token would be slow, and would hang as soon as one rank's
+    answers end before another's. DeepSpeed's hooks would let go of the weights after each layer, so
+    they are off meanwhile.
+    """
+    if engine.zero_optimization_stage() < 3:
+        yield
+        return
+    parameters = list(engine.module.parameters())
+    offload = engine.optimizer.parameter_offload
+    with deepspeed.zero.GatheredParameters(parameters):
+        for parameter in parameters:
+            parameter.ds_active_sub_modules.clear()
+        for hooks in (offload.forward_hooks, offload.backward_hooks):
+            for hook in hooks:
+                hook.remove()
+            hooks.clear()
+        try:
+            yield
+        finally:
+            # The method's name changed between the releases that Gaudi and PyPI have.
+            register = getattr(offload, "_register_deepspeed_module", None)
+            (register or offload._register_hooks_recursively)(offload.module)
+
+
+def summed(values: Tensor) -> Tensor:
+    """The sum over all ranks of a tensor, in place."""
+    dist.all_reduce(values)
+    return values
+
+
+def agreed(flag: bool, device: Device) -> bool:
+    """Whether any rank says yes; all ranks have to ask."""
+    votes = torch.tensor([float(flag)], device=device.torch)
+    return bool(summed(votes).item())
+
+
+def _config(settings: Settings, zero_stage: int) -> dict[str, Any]:
+    return {
+        "bf16": {"enabled": settings.dtype == "bf16"},
+        "zero_optimization": {"stage": zero_stage},
+        "steps_per_print": math.inf,
+    }

@@ -1,0 +1,136 @@
+"""Sequences → experience: what the four models say of a rollout, and what PPO makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hlrlhf.settings import Settings
+from hlrlhf.trainer import ppo
+from hlrlhf.trainer.device import Device
+from hlrlhf.trainer.engine import summed
+from hlrlhf.trainer.rollout import Rollout
+
+
+@dataclass(frozen=True)
+class Experience:
+    """A rollout with everything that the update needs; every tensor has b rows.
+
+    Attributes:
+        sequences, attention_mask: [b, l + r].
+        answer_mask: [b, r].
+        logprobs, values: [b, r], of the policy and critic that sampled.
+        reference: [b, r], the reference's log-probs.
+        scores: [b], the reward model's, not clipped.
+        advantages, returns: [b, r]; advantages are whitened over the global batch.
+    """
+
+    sequences: Tensor
+    attention_mask: Tensor
+    answer_mask: Tensor
+    logprobs: Tensor
+    values: Tensor
+    reference: Tensor
+    scores: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+    @property
+    def answer_width(self) -> int:
+        """r, the columns of the answers."""
+        return self.answer_mask.shape[1]
+
+    def micro_batches(self, size: int) -> Iterator[Experience]:
+        """The rows in order, `size` at a time."""
+        parts = zip(*(getattr(self, field.name).split(size) for field in fields(self)), strict=True)
+        for part in parts:
+            yield Experience(*part)
+
+
+@torch.no_grad()
+def score(
+    rollout: Rollout,
+    actor: Any,
+    critic: Any,
+    reference: Any,
+    reward: Any,
+    settings: Settings,
+    device: Device,
+) -> Experience:
+    """Score a rollout with all four models; dropout is off, as it was when the actor sampled.
+
+    Args:
+        rollout: this rank's.
+        actor, critic: engines.
+        reference, reward: engines or modules.
+        settings: all of them.
+        device: the rank's.
+    """
+    width = rollout.answer_width
+    temperature = settings.generation.temperature
+    actor.eval()
+    critic.eval()
+    logprobs, reference_logprobs, values, scores = [], [], [], []
+    for sequences, mask, answer_mask in zip(
+        rollout.sequences.split(settings.mbs),
+        rollout.attention_mask.split(settings.mbs),
+        rollout.answer_mask.split(settings.mbs),
+        strict=True,
+    ):
+        logprobs.append(actor(sequences, mask, width, temperature))
+        reference_logprobs.append(reference(sequences, mask, width, temperature))
+        values.append(critic(sequences, mask, width)[:, :-1])
+        last = answer_mask.sum(-1, keepdim=True)
+        scores.append(reward(sequences, mask, width).gather(-1, last).squeeze(-1))
+        device.step_done()
+    return assemble(
+        rollout,
+        torch.cat(logprobs),
+        torch.cat(reference_logprobs),
+        torch.cat(values),
+        torch.cat(scores),
+        settings,
+    )
+
+
+def assemble(
+    rollout: Rollout,
+    logprobs: Tensor,
+    reference: Tensor,
+    values: Tensor,
+    scores: Tensor,
+    settings: Settings,
+) -> Experience:
+    """Rewards, advantages and returns from the models' outputs.
+
+    Args:
+        rollout: this rank's.
+        logprobs, reference, values: [b, r].
+        scores: [b].
+        settings: the PPO settings are read.
+    """
+    mask = rollout.answer_mask
+    kl = ppo.kl_estimate(logprobs, reference)
+    rewards = ppo.token_rewards(scores, kl, mask, settings.ppo.kl_coefficient, settings.reward.clip)
+    advantages, returns = ppo.advantages_and_returns(
+        rewards, values, mask, settings.ppo.gamma, settings.ppo.gae_lambda
+    )
+    # Two passes: in fp32, a mean of squares less a squared mean would lose a small variance.
+    total, count = summed(torch.stack([advantages.sum(), mask.sum()]))
+    mean = total / count
+    variance = summed(((advantages - mean) ** 2 * mask).sum()) / count
+    return Experience(
+        sequences=rollout.sequences,
+        attention_mask=rollout.attention_mask,
+        answer_mask=mask,
+        logprobs=logprobs,
+        values=values,
+        reference=reference,
+        scores=scores,
+        advantages=ppo.whiten(advantages, mask, mean, variance),
+        returns=returns,
+    )

@@ -1,0 +1,229 @@
+"""The whole training story on one page: prompts → rollout → experience → update, and again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from hlrlhf.settings import Settings
+from hlrlhf.trainer import checkpoint, data, engine, lora, models, ppo
+from hlrlhf.trainer import experience as experiences
+from hlrlhf.trainer import rollout as rollouts
+from hlrlhf.trainer.device import Device
+from hlrlhf.trainer.errors import TrainerError
+from hlrlhf.trainer.experience import Experience
+from hlrlhf.trainer.metrics import Recorder, means
+from hlrlhf.trainer.rollout import Rollout
+
+
+def train(settings: Settings, run: Path, device: Device, warned: Callable[[], bool]) -> bool:
+    """Train actor and critic, and save them.
+
+    Args:
+        settings: of the run.
+        run: its directory.
+        device: this rank's.
+        warned: whether this rank has been asked to stop early.
+
+    Returns:
+        Whether the run is complete; False when it stopped after a warning, models saved.
+
+    Raises:
+        TrainerError: the models or the data do not allow it.
+    """
+    rank = dist.get_rank()
+    engine.check_hybrid_engine(settings)
+    tokenizer = models.load_tokenizer(settings.actor.model_path)
+    prompts = data.load_prompts(settings, tokenizer, device.torch)
+    total_steps = settings.epochs * len(prompts.ids) // settings.gbs
+    if settings.run_steps:
+        total_steps = min(total_steps, settings.run_steps)
+    if total_steps == 0:
+        raise TrainerError(
+            f"{len(prompts.ids)} prompts make no global batch of {settings.gbs} (HL_GBS) in "
+            f"{settings.epochs} epochs (HL_EPOCHS)"
+        )
+
+    torch.manual_seed(settings.seed)
+    policy, reference_policy, value_model, reward_model = _load(settings, tokenizer)
+    end_tokens = models.end_tokens(policy, tokenizer)
+    padding = end_tokens[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    sampling = rollouts.sampling(settings, end_tokens, padding, device)
+    updates = total_steps * settings.ppo.epochs
+    actor = engine.trained(policy, settings.actor, settings, device, updates)
+    critic = engine.trained(value_model, settings.critic, settings, device, updates)
+    reference = engine.frozen(reference_policy, settings.actor.zero_stage, settings, device)
+    reward = engine.frozen(reward_model, settings.critic.zero_stage, settings, device)
+    # From here on the ranks must differ: the same seed would sample the same answers.
+    torch.manual_seed(settings.seed + rank)
+
+    saved_models = Path(settings.checkpoint_path or run / "checkpoints")
+    recorder = None
+    if rank == 0:
+        board = Path(settings.tensorboard_path or run / "tensorboard")
+        recorder = Recorder(run, board, total_steps)
+        print(f"{total_steps} steps of {settings.gbs} prompts on {settings.world_size} ranks")
+
+    rows = settings.per_device_batch_size
+    complete = True
+    for step in range(total_steps):
+        clock = Clock(device)
+        batch = prompts.batch(step, settings.gbs)[rank * rows : (rank + 1) * rows]
+        rollout = rollouts.generate(actor, [prompts.ids[i] for i in batch], sampling, device)
+        clock.lap("generate_seconds")
+        experience = experiences.score(rollout, actor, critic, reference, reward, settings, device)
+        clock.lap("score_seconds")
+        losses = update(experience, actor, critic, settings, device)
+        clock.lap("update_seconds")
+
+        values = means(_totals(rollout, experience) | losses)
+        values |= _rates(actor, critic) | clock.laps
+        values["seconds"] = sum(clock.laps.values())
+        values["samples_per_second"] = settings.gbs / values["seconds"]
+        values["peak_memory_bytes"] = device.peak_memory()
+        if recorder is not None:
+            recorder.step(values)
+            interval = settings.print_answers_interval
+            aloud = interval > 0 and (step + 1) % interval == 0
+            recorder.samples(_samples(rollout, experience, tokenizer), aloud=aloud)
+        if step + 1 < total_steps and engine.agreed(warned(), device):
+            complete = False
+            break
+
+    name = "final" if complete else f"step-{step + 1}"
+    checkpoint.save_models(saved_models / name, actor, critic, tokenizer)
+    if recorder is not None:
+        print(recorder.close())
+        print(f"actor and critic are in {saved_models / name}", flush=True)
+    return complete
+
+
+def update(
+    experience: Experience, actor: Any, critic: Any, settings: Settings, device: Device
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """One optimizer step per PPO epoch on a rollout, gradients accumulated over micro batches.
+
+    Returns:
+        This rank's sums and weights of the losses, for `means`.
+    """
+    actor.train()
+    critic.train()
+    tokens = experience.answer_mask.sum().float()
+    # Each token of the global batch counts the same, however rows are spread over micro batches and
+    # ranks. DeepSpeed divides by the ranks, so that is taken back.
+    share = settings.world_size / engine.summed(tokens.clone())
+    sums = torch.zeros(3, device=device.torch)
+    for _ in range(settings.ppo.epochs):
+        for micro in experience.micro_batches(settings.mbs):
+            inputs = (micro.sequences, micro.attention_mask, micro.answer_width)
+            logprobs = actor(*inputs, settings.generation.temperature)
+            policy_loss, clipped = ppo.policy_loss(
+                logprobs,
+                micro.logprobs,
+                micro.advantages,
+                micro.answer_mask,
+                settings.ppo.clip_range,
+            )
+            actor.backward(policy_loss * share, scale_wrt_gas=False)
+            actor.step()
+            values = critic(*inputs)[:, :-1]
+            value_loss = ppo.value_loss(
+                values,
+                micro.values,
+                micro.returns,
+                micro.answer_mask,
+                settings.ppo.value_clip_range,
+            )
+            critic.backward(value_loss * share, scale_wrt_gas=False)
+            critic.step()
+            device.step_done()
+            sums += torch.stack([policy_loss.detach(), value_loss.detach(), clipped.float()])
+    names = ("actor_loss", "critic_loss", "clip_fraction")
+    return {name: (sums[i], tokens * settings.ppo.epochs) for i, name in enumerate(names)}
+
+
+class Clock:
+    """Seconds of each part of a step."""
+
+    def __init__(self, device: Device):
+        self._device = device
+        self._last = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        """End the part that began with the last lap."""
+        self._device.synchronize()
+        now = time.perf_counter()
+        self.laps[name] = now - self._last
+        self._last = now
+
+
+def _load(
+    settings: Settings, tokenizer: Any
+) -> tuple[models.Policy, models.Policy, models.Scorer, models.Scorer]:
+    """Actor, reference, critic and reward model, as they start."""
+    actor, critic = settings.actor, settings.critic
+    dtype = settings.dtype
+    policy = models.load_policy(actor.model_path, dtype, actor.dropout)
+    reference = models.load_policy(actor.model_path, dtype, 0.0)
+    value_model = models.load_scorer(critic.model_path, dtype, critic.dropout)
+    reward = models.load_scorer(settings.reward.model_path or critic.model_path, dtype, 0.0)
+    models.check_vocabulary(
+        tokenizer, {"actor": policy, "critic": value_model, "reward model": reward}
+    )
+    for inner, own in ((policy.lm, actor), (value_model.classifier, critic)):
+        if own.cp_act:
+            inner.gradient_checkpointing_enable({"use_reentrant": False})
+    if settings.lora.dim:
+        lora.add_adapters(policy, settings)
+        lora.add_adapters(value_model, settings)
+    return policy, reference, value_model, reward
+
+
+def _totals(
+    rollout: Rollout, experience: Experience
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """This rank's sums and weights of what a rollout shows, for `means`."""
+    mask = rollout.answer_mask
+    rows = torch.tensor(len(mask), device=mask.device)
+    tokens = mask.sum()
+    kl = ppo.kl_estimate(experience.logprobs, experience.reference) * mask
+    return {
+        "reward": (experience.scores.sum(), rows),
+        # Of whole answers: the sum over tokens.
+        "kl": (kl.sum(), rows),
+        "length": (tokens, rows),
+        "ended": (rollout.ended.sum(), rows),
+        # The sampled estimate, in nats per token.
+        "entropy": (-(experience.logprobs * mask).sum(), tokens),
+        "value": ((experience.values * mask).sum(), tokens),
+        "return": (experience.returns.sum(), tokens),
+    }
+
+
+def _rates(actor: Any, critic: Any) -> dict[str, float]:
+    """Learning rates and gradient norms of the last update."""
+    values = {}
+    for name, trained in (("actor", actor), ("critic", critic)):
+        values[f"{name}_learning_rate"] = trained.get_lr()[0]
+        values[f"{name}_gradient_norm"] = float(trained.get_global_grad_norm() or 0.0)
+    return values
+
+
+def _samples(rollout: Rollout, experience: Experience, tokenizer: Any) -> list[dict[str, Any]]:
+    """The first row of this rank's rollout."""
+    width = rollout.sequences.shape[1] - rollout.answer_width
+    prompt = rollout.sequences[0, :width][rollout.attention_mask[0, :width].bool()]
+    answer = rollout.sequences[0, width:][rollout.answer_mask[0]]
+    return [
+        {
+            "prompt": tokenizer.decode(prompt),
+            "answer": tokenizer.decode(answer),
+            "score": experience.scores[0].item(),
+        }
+    ]

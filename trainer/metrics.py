@@ -1,0 +1,116 @@
+"""What a run says of itself: a line per step in three forms, and samples of its answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from hlrlhf.trainer.engine import summed
+
+# Shown on the line of a step; metrics.jsonl and TensorBoard have all.
+SHOWN = ("reward", "kl", "length", "actor_loss", "critic_loss")
+
+
+def means(totals: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """Means over all ranks, each with its own weights; all ranks have to call it.
+
+    Args:
+        totals: for each name this rank's weighted sum and its sum of weights, scalars.
+    """
+    pairs = summed(
+        torch.stack([torch.stack([part.float() for part in v]) for v in totals.values()])
+    )
+    return {
+        name: total / weight if weight else 0.0
+        for name, (total, weight) in zip(totals, pairs.tolist(), strict=True)
+    }
+
+
+class Recorder:
+    """Writes ``metrics.jsonl``, ``samples.jsonl`` and TensorBoard files, and tells the progress.
+
+    On a terminal the progress is a bar, elsewhere a plain line per step. Files are appended to, and
+    each record carries its attempt: nothing that an earlier attempt wrote is lost. Rank 0 only.
+
+    Args:
+        run: the run directory.
+        tensorboard: folder of the event files.
+        total_steps: of the whole run.
+    """
+
+    def __init__(self, run: Path, tensorboard: Path, total_steps: int):
+        self._metrics = (run / "metrics.jsonl").open("a", encoding="utf-8")
+        self._samples = (run / "samples.jsonl").open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(tensorboard))
+        self._total = total_steps
+        self._attempt = int(os.environ.get("HLRLHF_ATTEMPT", "0"))
+        self._rewards: list[float] = []
+        self._began = time.perf_counter()
+        self._bar = tqdm(total=total_steps, unit="step") if sys.stderr.isatty() else None
+
+    def step(self, values: dict[str, float]) -> None:
+        """Record the next step.
+
+        Args:
+            values: of all ranks together; ``reward`` and ``seconds`` are among them.
+        """
+        self._rewards.append(values["reward"])
+        step = len(self._rewards)
+        left = (time.perf_counter() - self._began) / step * (self._total - step)
+        head = {"step": step, "total_steps": self._total, "attempt": self._attempt}
+        self._append(self._metrics, head | values | {"seconds_left": left})
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        shown = "  ".join(f"{name} {values[name]:.4g}" for name in SHOWN)
+        if self._bar is not None:
+            self._bar.set_postfix_str(shown)
+            self._bar.update()
+        else:
+            ends = timedelta(seconds=round(left))
+            print(
+                f"step {step}/{self._total}  {shown}  {values['seconds']:.2f} s/step  {ends} left",
+                flush=True,
+            )
+
+    def samples(self, records: list[dict[str, Any]], *, aloud: bool) -> None:
+        """Record prompts with their answers, and print them too when `aloud`."""
+        for record in records:
+            head = {"step": len(self._rewards), "attempt": self._attempt}
+            self._append(self._samples, head | record)
+            if aloud:
+                tqdm.write(
+                    f"prompt: {record['prompt']!r}\nanswer: {record['answer']!r}\n"
+                    f"score: {record['score']:.4g}",
+                    file=sys.stdout,
+                )
+
+    def close(self) -> str:
+        """Close the files; returns a sentence on how the reward moved."""
+        for stream in (self._metrics, self._samples, self._board, self._bar):
+            if stream is not None:
+                stream.close()
+        tenth = max(1, len(self._rewards) // 10)
+        first = statistics.fmean(self._rewards[:tenth])
+        last = statistics.fmean(self._rewards[-tenth:])
+        span = "step" if tenth == 1 else f"{tenth} steps"
+        return (
+            f"mean reward {first:.3f} over the first {span}, {last:.3f} over the last {span} "
+            f"({last - first:+.3f})"
+        )
+
+    @staticmethod
+    def _append(stream: Any, record: dict[str, Any]) -> None:
+        # One write per record, at once: whoever reads meanwhile sees whole lines.
+        stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+        stream.flush()

@@ -1,0 +1,313 @@
+"""The four models: loaded strictly, and wrapped so that one forward gives what PPO needs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+
+from hlrlhf.trainer import ppo
+from hlrlhf.trainer.errors import TrainerError
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+# The names that model configurations give to their dropout rates.
+DROPOUT_FIELDS = (
+    "dropout",
+    "attention_dropout",
+    "hidden_dropout",
+    "activation_dropout",
+    "attn_pdrop",
+    "embd_pdrop",
+    "resid_pdrop",
+)
+
+# Buffers that older checkpoints carry and that a model computes for itself.
+DERIVED_BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias")
+
+
+class Policy(nn.Module):
+    """A causal language model whose forward gives the log-probs of the answers.
+
+    Attributes:
+        lm: the language model, in peft's wrapper when it has adapters.
+        generation_config: the checkpoint's own, which the saved model gets again.
+    """
+
+    def __init__(self, lm: Any):
+        super().__init__()
+        self.lm = lm
+        self.generation_config = lm.generation_config
+
+    def forward(
+        self, sequences: Tensor, attention_mask: Tensor, answer_width: int, temperature: float
+    ) -> Tensor:
+        """Log-probs of the answer tokens, the last `answer_width` columns.
+
+        Args:
+            sequences: [b, t], prompts padded on the left, answers on the right.
+            attention_mask: [b, t].
+            answer_width: r.
+            temperature: the one that the answers were sampled with.
+
+        Returns:
+            [b, r], fp32.
+        """
+        output = self.lm(
+            input_ids=sequences,
+            attention_mask=attention_mask,
+            use_cache=False,
+            # The head is not run on prompt tokens: on BLOOM 1.1B it is a third of a forward.
+            logits_to_keep=answer_width + 1,
+            **_positions(self.lm, attention_mask),
+        )
+        answers = sequences[:, -answer_width:]
+        return ppo.token_logprobs(output.logits[:, :-1], answers, temperature)
+
+    def generate(self, **arguments: Any) -> Tensor:
+        """The language model's own ``generate``."""
+        sequences: Tensor = self.lm.generate(**arguments)
+        return sequences
+
+
+class Scorer(nn.Module):
+    """A sequence classifier with one label whose forward gives a scalar for every token."""
+
+    def __init__(self, classifier: Any):
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, sequences: Tensor, attention_mask: Tensor, answer_width: int) -> Tensor:
+        """Scalars at the last `answer_width` + 1 columns, the one before the answer included.
+
+        Args:
+            sequences: [b, t], prompts padded on the left, answers on the right.
+            attention_mask: [b, t].
+            answer_width: r.
+
+        Returns:
+            [b, r + 1], fp32. As values, entries 0 … r-1 are the estimates before each answer token;
+            as scores, entries 1 … r are those after it.
+        """
+        classifier = unwrapped(self.classifier)
+        backbone = getattr(classifier, classifier.base_model_prefix)
+        hidden = backbone(
+            input_ids=sequences,
+            attention_mask=attention_mask,
+            use_cache=False,
+            **_positions(backbone, attention_mask),
+        ).last_hidden_state
+        scores: Tensor = classifier.score(hidden[:, -answer_width - 1 :]).squeeze(-1)
+        return scores.float()
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer of a model folder or Hub name.
+
+    Raises:
+        TrainerError: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise TrainerError(f"{path}: no tokenizer can be loaded from it: {error}") from error
+
+
+def load_policy(path: str, dtype: str, dropout: float) -> Policy:
+    """An actor or reference.
+
+    Args:
+        path: a Hugging Face folder or Hub name.
+        dtype: ``bf16`` or ``fp32``.
+        dropout: for every dropout that the architecture has.
+
+    Raises:
+        TrainerError: the checkpoint cannot be read or lacks weights.
+    """
+    try:
+        lm, report = AutoModelForCausalLM.from_pretrained(
+            path, config=_config(path, dropout), output_loading_info=True, **_dtype(dtype)
+        )
+    except (OSError, ValueError) as error:
+        raise TrainerError(f"{path}: no causal language model can be loaded: {error}") from error
+    _strict(path, report["missing_keys"], report["unexpected_keys"])
+    return Policy(lm)
+
+
+def load_scorer(path: str, dtype: str, dropout: float) -> Scorer:
+    """A critic or reward model, in either format.
+
+    A DeepSpeed-Chat step-2 folder holds ``rwtransformer.*`` and ``v_head.weight``; a Hugging Face
+    sequence classifier holds the backbone under its own name and ``score.weight``.
+
+    Args:
+        path: a folder, or the Hub name of a sequence classifier.
+        dtype: ``bf16`` or ``fp32``.
+        dropout: for every dropout that the architecture has.
+
+    Raises:
+        TrainerError: the checkpoint cannot be read, has another number of labels, or its weights
+            are not exactly those that the model needs.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return _load_classifier(path, dtype, dropout)
+    weights = read_weights(folder)
+    if "v_head.weight" not in weights:
+        return _load_classifier(path, dtype, dropout)
+    config = _config(path, dropout)
+    config.num_labels = 1
+    classifier = AutoModelForSequenceClassification.from_config(config, **_dtype(dtype))
+    prefix = classifier.base_model_prefix
+    renamed = {_from_step2(name, prefix): value for name, value in weights.items()}
+    missing, unexpected = classifier.load_state_dict(renamed, strict=False)
+    _strict(path, missing, unexpected)
+    return Scorer(classifier.to(DTYPES[dtype]))
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All weights of a folder: safetensors or PyTorch's own format, in one file or in shards.
+
+    Raises:
+        TrainerError: there are none, or they cannot be read safely.
+    """
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if index.exists():
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        elif (folder / name).exists():
+            shards = [name]
+        else:
+            continue
+        weights: dict[str, Tensor] = {}
+        for shard in shards:
+            weights.update(_read_shard(folder / shard))
+        return weights
+    raise TrainerError(f"{folder}: holds neither model.safetensors nor pytorch_model.bin")
+
+
+def check_vocabulary(tokenizer: Any, models: dict[str, Policy | Scorer]) -> None:
+    """Every token that the tokenizer can produce must have an embedding in every model.
+
+    Raises:
+        TrainerError: a model's embedding is too small.
+    """
+    for role, model in models.items():
+        inner = model.lm if isinstance(model, Policy) else model.classifier
+        rows = inner.get_input_embeddings().num_embeddings
+        if len(tokenizer) > rows:
+            raise TrainerError(
+                f"the {role} has embeddings for {rows} tokens, but the actor's tokenizer has "
+                f"{len(tokenizer)}; {role} and actor must share a tokenizer"
+            )
+
+
+def end_tokens(policy: Policy, tokenizer: Any) -> list[int]:
+    """The ids that end an answer.
+
+    Raises:
+        TrainerError: neither the generation configuration nor the tokenizer names one.
+    """
+    ids = policy.generation_config.eos_token_id
+    ids = tokenizer.eos_token_id if ids is None else ids
+    if ids is None:
+        raise TrainerError(
+            "the actor has no end-of-sequence token: set eos_token_id in its generation_config.json"
+        )
+    return list(ids) if isinstance(ids, list | tuple) else [ids]
+
+
+def unwrapped(model: Any) -> Any:
+    """The Hugging Face model under peft's wrapper, if there is one."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _positions(model: Any, attention_mask: Tensor) -> dict[str, Tensor]:
+    """Position ids for models that take them: left padding must not count (BLOOM's ALiBi reads
+    the mask instead)."""
+    if unwrapped(model).config.model_type == "bloom":
+        return {}
+    counted = attention_mask.long()
+    return {"position_ids": counted.cumsum(-1) - counted}
+
+
+def _dtype(dtype: str) -> dict[str, torch.dtype]:
+    # Gaudi's transformers is older than the argument's new name.
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    return {"dtype" if version >= (4, 56) else "torch_dtype": DTYPES[dtype]}
+
+
+def _config(path: str, dropout: float) -> Any:
+    config = AutoConfig.from_pretrained(path)
+    for field in DROPOUT_FIELDS:
+        if hasattr(config, field):
+            setattr(config, field, dropout)
+    return config
+
+
+def _load_classifier(path: str, dtype: str, dropout: float) -> Scorer:
+    config = None
+    try:
+        config = _config(path, dropout)
+        if config.num_labels != 1:
+            raise TrainerError(
+                f"{path}: is a classifier with {config.num_labels} labels; a reward model has one"
+            )
+        classifier, report = AutoModelForSequenceClassification.from_pretrained(
+            path, config=config, output_loading_info=True, **_dtype(dtype)
+        )
+    except (OSError, ValueError) as error:
+        raise TrainerError(f"{path}: no sequence classifier can be loaded: {error}") from error
+    _strict(path, report["missing_keys"], report["unexpected_keys"])
+    if not hasattr(classifier, "score"):
+        raise TrainerError(
+            f"{path}: {type(classifier).__name__} has no `score` head on the tokens; a reward "
+            "model is a causal model's backbone with one"
+        )
+    return Scorer(classifier)
+
+
+def _read_shard(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+        return weights
+    except Exception as error:  # the readers raise types of their own, many of them
+        raise TrainerError(f"{path}: cannot be read: {error}") from error
+
+
+def _from_step2(name: str, prefix: str) -> str:
+    if name == "v_head.weight":
+        return "score.weight"
+    if name.startswith("rwtransformer."):
+        return f"{prefix}.{name.removeprefix('rwtransformer.')}"
+    return name
+
+
+def _strict(path: str, missing: Any, unexpected: Any) -> None:
+    def listed(names: list[str]) -> str:
+        return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+    extra = [name for name in _sorted(unexpected) if not name.endswith(DERIVED_BUFFERS)]
+    lacking = list(_sorted(missing))
+    parts = [f"it lacks {listed(lacking)}"] if lacking else []
+    parts += [f"it has {listed(extra)}, which the model has not"] if extra else []
+    if parts:
+        raise TrainerError(f"{path}: not this model's checkpoint: {'; '.join(parts)}")
+
+
+def _sorted(names: Any) -> Iterator[str]:
+    return iter(sorted(str(name) for name in names))

@@ -1,0 +1,159 @@
+"""PPO on tensors: pure functions, each with its shapes and the source of its formula.
+
+Shapes: ``b`` rows, ``r`` answer tokens (the answer's columns only, padded on the right), ``v`` the
+vocabulary. Masks are boolean, true on the answer's own tokens, its end-of-sequence token included;
+they come from the generated lengths, never from comparing ids with the padding token.
+
+Sums, not means, are returned for the losses: the caller divides by the number of valid tokens of
+the *global* batch, so the gradient does not depend on how the batch is cut into micro batches and
+ranks.
+
+The formulas follow "Proximal Policy Optimization Algorithms" (arXiv 1707.06347), "High-Dimensional
+Continuous Control Using Generalized Advantage Estimation" (arXiv 1506.02438) and, for their use in
+RLHF, "The N+ Implementation Details of RLHF with PPO" (arXiv 2403.17031).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Beyond exp(20) a ratio says nothing more, and in fp32 it soon overflows.
+MAX_LOG_RATIO = 20.0
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities of the given tokens under softmax(logits / temperature), in fp32.
+
+    Args:
+        logits: [b, r, v], the logits that predict each token.
+        tokens: [b, r], integer.
+        temperature: the one that the tokens were sampled with.
+
+    Returns:
+        [b, r], fp32.
+    """
+    logits = logits.float() / temperature
+    chosen = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    return chosen - logits.logsumexp(-1)
+
+
+def kl_estimate(logprobs: Tensor, reference: Tensor) -> Tensor:
+    """The k1 estimate of the KL divergence per token: log p - log p_ref.
+
+    Args:
+        logprobs, reference: [b, r].
+
+    Returns:
+        [b, r]; single values may be negative, their mean over samples of p is not, in expectation.
+    """
+    return logprobs - reference
+
+
+def token_rewards(
+    scores: Tensor, kl: Tensor, mask: Tensor, kl_coefficient: float, clip: float
+) -> Tensor:
+    """Rewards per token: -beta * kl everywhere, and the clipped score on the last valid token.
+
+    Args:
+        scores: [b], the reward model's.
+        kl: [b, r].
+        mask: [b, r].
+        kl_coefficient: beta.
+        clip: scores are clipped to plus and minus this.
+
+    Returns:
+        [b, r], zero where the mask is false. A row without any valid token gets no score.
+    """
+    rewards = -kl_coefficient * kl * mask
+    lengths = mask.sum(-1)
+    last = (lengths - 1).clamp(min=0).unsqueeze(-1)
+    given = torch.where(lengths > 0, scores.clamp(-clip, clip), torch.zeros_like(scores))
+    return rewards.scatter_add(-1, last, given.to(rewards.dtype).unsqueeze(-1))
+
+
+def advantages_and_returns(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimates and the returns that the critic learns.
+
+    delta_t = r_t + gamma * V_{t+1} - V_t and A_t = delta_t + gamma * lambda * A_{t+1}, with
+    nothing after the last valid token; returns = A + V.
+
+    Args:
+        rewards, values: [b, r]; a value is the critic's estimate before its token.
+        mask: [b, r], true on a prefix of each row.
+        gamma: discount.
+        gae_lambda: lambda.
+
+    Returns:
+        Advantages and returns, both [b, r], zero where the mask is false.
+    """
+    values = values * mask
+    rewards = rewards * mask
+    following = torch.zeros_like(values[:, 0])
+    advantage = torch.zeros_like(values[:, 0])
+    columns = []
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * following - values[:, t]
+        # Masked columns stand right of the answer, so here nothing has been added up yet.
+        advantage = (delta + gamma * gae_lambda * advantage) * mask[:, t]
+        following = values[:, t]
+        columns.append(advantage)
+    advantages = torch.stack(columns[::-1], dim=1)
+    return advantages, advantages + values
+
+
+def policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip_range: float
+) -> tuple[Tensor, Tensor]:
+    """The clipped surrogate: sum over valid tokens of max(-A * rho, -A * clip(rho, 1 ± eps)).
+
+    Args:
+        logprobs: [b, r], of the policy in training.
+        old_logprobs, advantages: [b, r], of the rollout, without gradient.
+        mask: [b, r].
+        clip_range: eps.
+
+    Returns:
+        The summed loss, and the number of tokens on which the clipping was active, both scalars.
+    """
+    log_ratio = (logprobs - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    ratio = torch.where(mask, log_ratio, 0).exp()
+    free = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
+    loss = torch.where(mask, torch.maximum(free, clipped), 0).sum()
+    return loss, ((clipped > free) & mask).sum()
+
+
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip_range: float
+) -> Tensor:
+    """Half the larger of the plain and the clipped squared error, summed over valid tokens.
+
+    Args:
+        values: [b, r], of the critic in training.
+        old_values, returns: [b, r], of the rollout, without gradient.
+        mask: [b, r].
+        clip_range: how far a value may move from its old one before the error is clipped.
+
+    Returns:
+        A scalar.
+    """
+    clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
+    error = torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
+    return 0.5 * torch.where(mask, error, 0).sum()
+
+
+def whiten(advantages: Tensor, mask: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    """Advantages shifted and scaled to mean 0 and variance 1.
+
+    Args:
+        advantages: [b, r].
+        mask: [b, r].
+        mean, variance: scalars, over the valid tokens of the global batch.
+
+    Returns:
+        [b, r], zero where the mask is false.
+    """
+    return (advantages - mean) * torch.rsqrt(variance + 1e-8) * mask

@@ -1,0 +1,126 @@
+"""Prompts → sequences: the actor answers a whole per-device batch at once.
+
+Weights do not change inside a batch, so generating micro batch by micro batch would give the same
+samples at a fraction of the speed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import GenerationConfig
+
+from hlrlhf.settings import Settings
+from hlrlhf.trainer import data
+from hlrlhf.trainer.device import Device
+from hlrlhf.trainer.engine import gathered
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Sampled answers to a batch of prompts.
+
+    Attributes:
+        sequences: [b, l + r], prompts padded on the left, answers on the right.
+        attention_mask: [b, l + r], 1 on prompt and answer tokens.
+        answer_mask: [b, r], true on the answer's tokens, its end token included.
+        ended: [b], whether the answer has an end token.
+    """
+
+    sequences: Tensor
+    attention_mask: Tensor
+    answer_mask: Tensor
+    ended: Tensor
+
+    @property
+    def answer_width(self) -> int:
+        """r, the columns of the answers."""
+        return self.answer_mask.shape[1]
+
+    @property
+    def lengths(self) -> Tensor:
+        """[b], tokens in each answer."""
+        return self.answer_mask.sum(-1)
+
+
+def sampling(
+    settings: Settings, end_tokens: list[int], padding: int, device: Device
+) -> GenerationConfig:
+    """How answers are sampled, complete: nothing is left to a checkpoint's own defaults.
+
+    A checkpoint's generation_config.json may ask for greedy decoding, a low temperature or a
+    repetition penalty; PPO needs samples of the policy itself.
+    """
+    return GenerationConfig(
+        do_sample=True,
+        temperature=settings.generation.temperature,
+        top_p=settings.generation.top_p,
+        top_k=settings.generation.top_k,
+        max_new_tokens=settings.generation.max_new_tokens,
+        eos_token_id=end_tokens,
+        pad_token_id=padding,
+        use_cache=True,
+        **({"cache_implementation": "static"} if device.static_cache else {}),
+    )
+
+
+@torch.no_grad()
+def generate(
+    actor: Any, prompts: list[list[int]], config: GenerationConfig, device: Device
+) -> Rollout:
+    """Sample one answer to each prompt.
+
+    Args:
+        actor: the engine around the policy.
+        prompts: token ids, this rank's.
+        config: see `sampling`.
+        device: the rank's.
+    """
+    ids, mask = data.pad_left(prompts, config.pad_token_id, device.pad_to)
+    policy = actor.module.eval()
+    # generate() fills what a call leaves unset from the model's own configuration.
+    policy.lm.generation_config = config
+    with gathered(actor), device.generating(policy.lm) as extra:
+        sequences = policy.generate(
+            input_ids=ids.to(device.torch),
+            attention_mask=mask.to(device.torch),
+            generation_config=config,
+            **extra,
+        )
+    device.step_done()
+    return from_sequences(sequences, mask.to(device.torch), config, device.pad_to)
+
+
+def from_sequences(
+    sequences: Tensor, prompt_mask: Tensor, config: GenerationConfig, multiple: int = 1
+) -> Rollout:
+    """A rollout from what ``generate`` returns.
+
+    The first end token ends an answer, whatever follows; comparing with the padding token would
+    lose end tokens where the two are one, and tokens where the policy samples the padding token.
+
+    Args:
+        sequences: [b, l + r].
+        prompt_mask: [b, l].
+        config: names the end tokens and the padding.
+        multiple: the answers' width is rounded up to a multiple of this.
+    """
+    width = prompt_mask.shape[1]
+    answers = sequences[:, width:]
+    is_end = torch.isin(answers, torch.tensor(config.eos_token_id, device=answers.device))
+    # True up to and with the first end token: no end token stands before the position.
+    answer_mask = (is_end.long().cumsum(-1) - is_end.long()) == 0
+    answers = answers.masked_fill(~answer_mask, config.pad_token_id)
+    missing = -answers.shape[1] % multiple
+    answers = pad(answers, (0, missing), value=config.pad_token_id)
+    answer_mask = pad(answer_mask, (0, missing), value=False)
+    return Rollout(
+        sequences=torch.cat([sequences[:, :width], answers], dim=1),
+        attention_mask=torch.cat([prompt_mask, answer_mask.to(prompt_mask.dtype)], dim=1),
+        answer_mask=answer_mask,
+        ended=is_end.any(-1),
+    )
