@@ -123,7 +123,8 @@ def frozen(model: Policy | Scorer, zero_stage: int, settings: Settings, device: 
         "train_batch_size": settings.mbs * settings.world_size,
     }
     engine, *_ = deepspeed.initialize(model=model, config=config)
-    return engine.eval()
+    engine.eval()
+    return engine
 
 
 def parameter_groups(
