@@ -88,7 +88,7 @@ def _environment(template: str, environ: Mapping[str, str]) -> jinja2.Environmen
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    jinja.filters.update(shell=shell, sbatch=sbatch, verbatim=verbatim, log_path=log_path)
+    jinja.filters.update(shell=shell, sbatch=sbatch, verbatim=verbatim, log_pattern=log_pattern)
     return jinja
 
 
@@ -150,15 +150,15 @@ def verbatim(value: object) -> Markup:
     return Markup(_plain(value))  # noqa: S704 - meant as it is
 
 
-def log_path(value: object) -> Markup:
-    """A path as srun's --output takes it, quoted for the shell.
+def log_pattern(value: object) -> str:
+    """A folder as the beginning of a pattern for --output; still to be quoted.
 
-    A backslash makes Slurm take the whole path literally, and is dropped; without any, a
-    percent sign starts a replacement.
+    A percent sign starts a replacement there, and a backslash switches all replacements off.
     """
     path = _plain(value)
-    literal = path.replace("\\", "\\\\") if "\\" in path else path.replace("%", "%%")
-    return Markup(shlex.quote(literal))  # noqa: S704 - quoted
+    if "\\" in path:
+        raise ValueError(f"{path!r}: Slurm cannot name logs in a path with a backslash")
+    return path.replace("%", "%%")
 
 
 def _place(error: BaseException, template: str) -> str:
