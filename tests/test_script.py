@@ -10,14 +10,15 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from cluster import Cluster, until
 from hypothesis import HealthCheck, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from cluster import Cluster, until
 from hlrlhf.settings import SettingsError, resolve
 from hlrlhf.slurm import script
 
@@ -429,7 +430,7 @@ def test_containers_get_every_value_as_it_is(
     else:
         last = words[words.index(container) :]
         option = "--bind" if container == "apptainer" else "--volume"
-        mounts = [after for before, after in zip(last, last[1:], strict=False) if before == option]
+        mounts = [after for before, after in pairwise(last) if before == option]
         assert f"/actor{text}:/actor{text}" in mounts
         assert f"{directory}:{directory}" in mounts
         image = last.index(text, last.index(f"--y={text}"))
@@ -442,8 +443,9 @@ def test_docker_gets_ranks_devices_and_the_named_variables_only(
 ) -> None:
     text = render(["container.kind=docker", "container.image=img"], tmp_path)
     _, words = run_script(text, tmp_path, NCCL_DEBUG="INFO", SECRET="x", HF_HOME="/hf")
-    docker = words[words.index("docker") : words.index("img")]
-    passed = {after for before, after in zip(docker, docker[1:], strict=False) if before == "--env"}
+    docker = words[words.index("docker") :]
+    docker = docker[: docker.index("img")]
+    passed = {after for before, after in pairwise(docker) if before == "--env"}
     assert {"RANK", "MASTER_ADDR", "MASTER_PORT", "NCCL_DEBUG", "HF_HOME"} <= passed
     assert {"HABANA_VISIBLE_DEVICES=all", "PT_HPU_LAZY_MODE"} <= passed
     assert not {"SECRET", "PATH"} & passed
@@ -544,13 +546,14 @@ def test_modules_of_a_part_of_a_node(
     )
     hl_smi.chmod(0o755)
     try:
-        found, said = ranks_environment(
+        found, _ = ranks_environment(
             run_script, tmp_path, ["devices_per_node=2"], **{"SLURM_LOCALID": "0"} | environ
         )
     finally:
         hl_smi.unlink()
     assert found["HABANA_VISIBLE_MODULES"] == modules
-    assert ("does not say which" in said) is warned
+    log = (tmp_path / "logs" / "7.0.log").read_text()
+    assert ("does not say which" in log) is warned
 
 
 def test_setup_lines_run_first_and_verbatim(run_script: Run, tmp_path: Path) -> None:

@@ -119,9 +119,9 @@ def _finalize(value: Any) -> Any:
 
 
 def _plain(value: object) -> str:
+    text = str(value)  # raises what it should for an undefined value
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError(f"{value!r} is neither text nor a number")
-    text = str(value)
     if _CONTROL.search(text):
         raise ValueError(f"{text!r} holds a control character, which a script cannot")
     try:
