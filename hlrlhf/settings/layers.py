@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -257,9 +259,29 @@ def _where(name: str, value: Any, origin: Origin) -> str:
 _PLACEHOLDER = "missing"
 
 
+@cache
+def _build() -> None:
+    """Build the schema's validator, without a search for pydantic's plugins.
+
+    The search reads the metadata of every installed package, a tenth of the time that
+    ``hlrlhf render`` takes as a whole, and we use none.
+    """
+    switch = "PYDANTIC_DISABLE_PLUGINS"
+    before = os.environ.get(switch)
+    os.environ[switch] = "1"
+    try:
+        Settings.model_rebuild()
+    finally:
+        if before is None:
+            del os.environ[switch]
+        else:
+            os.environ[switch] = before
+
+
 def _invalid(merged: dict[str, Given]) -> dict[str, Problem]:
     """What the schema refuses, by the setting's name."""
     problems: dict[str, Problem] = {}
+    _build()
     try:
         Settings.model_validate(_nested(merged))
     except ValidationError as error:
@@ -278,15 +300,14 @@ def _invalid(merged: dict[str, Given]) -> dict[str, Problem]:
 def _nested(merged: dict[str, Given]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for name, setting in settings_by_name().items():
-        given = merged.get(name)
-        if given is None and not setting.mandatory:
-            continue
-        value = given.value if given else [_PLACEHOLDER] if setting.is_list else _PLACEHOLDER
         *groups, key = name.split(".")
         branch = tree
-        for group in groups:
+        for group in groups:  # also a group of defaults: pydantic would build its model apart
             branch = branch.setdefault(group, {})
-        branch[key] = value
+        if given := merged.get(name):
+            branch[key] = given.value
+        elif setting.mandatory:
+            branch[key] = [_PLACEHOLDER] if setting.is_list else _PLACEHOLDER
     return tree
 
 

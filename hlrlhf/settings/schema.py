@@ -384,17 +384,17 @@ class Settings(Group):
     )
     actor: Actor
     critic: Critic
-    reward: Reward = Reward()
-    lora: Lora = Lora()
-    hpz: Hpz = Hpz()
+    reward: Reward = Field(default_factory=Reward)
+    lora: Lora = Field(default_factory=Lora)
+    hpz: Hpz = Field(default_factory=Hpz)
     dataset: Dataset
-    generation: Generation = Generation()
-    ppo: Ppo = Ppo()
-    optimizer: Optimizer = Optimizer()
-    hpu: Hpu = Hpu()
-    slurm: Slurm = Slurm()
-    container: Container = Container()
-    environment: Environment = Environment()
+    generation: Generation = Field(default_factory=Generation)
+    ppo: Ppo = Field(default_factory=Ppo)
+    optimizer: Optimizer = Field(default_factory=Optimizer)
+    hpu: Hpu = Field(default_factory=Hpu)
+    slurm: Slurm = Field(default_factory=Slurm)
+    container: Container = Field(default_factory=Container)
+    environment: Environment = Field(default_factory=Environment)
 
     @property
     def world_size(self) -> int:
