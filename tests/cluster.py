@@ -101,9 +101,12 @@ class Cluster:
         return self.job(job_id)["JobState"]
 
     def start_now(self, job_id: str) -> None:
-        """Start a requeued job at once, rather than after Slurm's two minutes."""
+        """Start a requeued job soon, rather than after Slurm's two minutes.
+
+        Not at once: the end of the attempt before revokes all that was launched in that second.
+        """
         until(lambda: self.job(job_id).get("JobState") == "PENDING", f"job {job_id} to be PENDING")
-        self.run("scontrol", "update", f"JobId={job_id}", "StartTime=now")
+        self.run("scontrol", "update", f"JobId={job_id}", "StartTime=now+2")
 
     def stop(self) -> None:
         """Cancel what runs, then end the daemons in the reverse order of their start."""
