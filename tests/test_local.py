@@ -1,0 +1,252 @@
+"""The launcher without Slurm, with small ranks of real processes."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from cluster import until
+
+from hlrlhf import local
+from hlrlhf.ports import PortTakenError, is_free, rendezvous_port
+from hlrlhf.settings import Resolved, SettingsError, resolve
+from hlrlhf.settings.layers import dump
+
+MANDATORY = {
+    "HL_TAG": "here",
+    "HL_ACTOR_MODEL_PATH": "/models/actor",
+    "HL_CRITIC_MODEL_PATH": "/models/critic",
+    "HL_DATASET_PATH": "/data",
+    "HL_DEVICE": "cpu",
+    "HL_DEVICES_PER_NODE": "2",
+}
+
+
+def settings(folder: Path, *flags: str) -> Resolved:
+    return resolve(environ=MANDATORY | {"HL_BASE_OUT_PATH": str(folder)}, flags=flags)
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """A run directory."""
+    run = tmp_path / "run"
+    (run / "logs").mkdir(parents=True)
+    (run / "job.json").write_text("{}")
+    return run
+
+
+Start = Callable[..., int]
+
+
+@pytest.fixture
+def start(directory: Path) -> Start:
+    """Run a piece of Python as every rank; the exit code."""
+
+    def run(code: str, *flags: str, grace: float = 30, **environ: str) -> int:
+        program = "import os, signal, sys, time\nrank = int(os.environ['RANK'])\n" + code
+        command = (sys.executable, "-c", program)
+        return local.run(
+            settings(directory.parent, *flags), directory, os.environ | environ, command, grace
+        )
+
+    return run
+
+
+def test_success(directory: Path, start: Start, capfd: pytest.CaptureFixture[str]) -> None:
+    code = start("print('rank', rank, os.getcwd(), sys.argv[1]); sys.stdout.write('no line end')")
+    assert code == 0
+    log = (directory / "logs" / "local.0.log").read_text()
+    assert sorted(log.splitlines()) == ["no line end"] * 2 + [
+        f"rank {rank} {directory} {directory}" for rank in (0, 1)
+    ]
+    assert capfd.readouterr().err == log
+    assert (directory / "logs" / "local.0.exit").read_text() == "0\n"
+
+
+def test_environment(directory: Path, start: Start) -> None:
+    program = """
+import json
+json.dump(dict(os.environ), open(f'{rank}.json', 'w'))
+"""
+    flags = ("device=hpu", "hpu.lazy_mode=true", "network_interface=lo")
+    assert start(program, *flags, OTHER="kept") == 0
+    for rank in (0, 1):
+        found = json.loads((directory / f"{rank}.json").read_text())
+        assert {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "HLRLHF_ATTEMPT": "0",
+            "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // 2)),
+            "PT_HPU_LAZY_MODE": "1",
+            "HCCL_SOCKET_IFNAME": "lo",
+            "GLOO_SOCKET_IFNAME": "lo",
+            "OTHER": "kept",
+        }.items() <= found.items()
+
+
+def test_threads_stay_as_the_user_set_them(directory: Path, start: Start) -> None:
+    program = "open(f'{rank}', 'w').write(os.environ['OMP_NUM_THREADS'])"
+    assert start(program, OMP_NUM_THREADS="7") == 0
+    assert (directory / "0").read_text() == "7"
+
+
+def test_a_failing_rank_ends_the_others(directory: Path, start: Start) -> None:
+    began = time.monotonic()
+    assert start("if rank: sys.exit(9)\ntime.sleep(60)") == 9
+    assert time.monotonic() - began < 30
+    assert (directory / "logs" / "local.0.exit").read_text() == "9\n"
+
+
+def test_a_rank_that_ignores_the_end_is_killed(start: Start) -> None:
+    program = """
+if rank == 0:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    open('deaf', 'w').close()
+    time.sleep(60)
+while not os.path.exists('deaf'): pass
+sys.exit(3)
+"""
+    began = time.monotonic()
+    assert start(program, grace=0.2) == 3
+    assert time.monotonic() - began < 30
+
+
+def test_a_killed_rank_counts_as_in_a_shell(start: Start) -> None:
+    assert start("if rank: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)") == 137
+
+
+def test_stopped_early(start: Start) -> None:
+    assert start("sys.exit(75 if rank else 0)") == 75
+
+
+STOPS = """
+signal.signal(signal.SIGUSR1, lambda *_: (print('stopping', flush=True), sys.exit(75)))
+print('ready', flush=True)
+time.sleep(60)
+"""
+GOES_ON = STOPS.replace("sys.exit(75)", "time.sleep(60)")
+
+
+@pytest.fixture
+def launcher(directory: Path) -> Callable[[str], subprocess.Popen[bytes]]:
+    """The launcher as a process of its own, up to where both ranks are ready."""
+
+    def launch(code: str) -> subprocess.Popen[bytes]:
+        (directory / "settings.yaml").write_text(dump(settings(directory.parent)))
+        program = "import os, signal, sys, time\n" + code
+        start = f"""
+import os, sys
+from pathlib import Path
+from hlrlhf import local
+from hlrlhf.settings import resolve
+directory = Path({str(directory)!r})
+resolved = resolve(files=[directory / 'settings.yaml'])
+sys.exit(local.run(resolved, directory, os.environ, (sys.executable, '-c', {program!r}), 5))
+"""
+        process = subprocess.Popen([sys.executable, "-c", start], start_new_session=True)
+        log = directory / "logs" / "local.0.log"
+        until(lambda: log.exists() and log.read_text().count("ready") == 2, "the ranks")
+        return process
+
+    return launch
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+def test_a_signal_stops_the_ranks_gracefully(
+    directory: Path, launcher: Callable[[str], subprocess.Popen[bytes]], number: signal.Signals
+) -> None:
+    process = launcher(STOPS)
+    # As a terminal does it: to the whole group, of which the ranks are no part.
+    os.killpg(process.pid, number)
+    assert process.wait(timeout=30) == 75
+    assert (directory / "logs" / "local.0.log").read_text().count("stopping") == 2
+    assert (directory / "logs" / "local.0.exit").read_text() == "75\n"
+
+
+def test_a_second_signal_ends_them(
+    directory: Path, launcher: Callable[[str], subprocess.Popen[bytes]]
+) -> None:
+    process = launcher(GOES_ON)
+    process.send_signal(signal.SIGINT)
+    log = directory / "logs" / "local.0.log"
+    until(lambda: log.read_text().count("stopping") == 2, "the ranks' own end")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == 128 + signal.SIGTERM
+
+
+def test_the_lock_says_that_the_launcher_lives(directory: Path, start: Start) -> None:
+    held = []
+
+    def probe() -> None:
+        until((directory / "0").exists, "the rank")
+        with (directory / "job.json").open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                held.append(True)
+        (directory / "go").touch()
+
+    prober = threading.Thread(target=probe)
+    prober.start()
+    program = "open(f'{rank}', 'w').close()\nwhile not os.path.exists('go'): time.sleep(0.01)"
+    assert start(program) == 0
+    prober.join()
+    assert held == [True]
+    with (directory / "job.json").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_the_users_port_is_kept_or_the_run_fails(directory: Path, start: Start) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(SettingsError, match=f"HL_MASTER_PORT={port} is taken"):
+            start("", f"master_port={port}")
+    program = "open(f'{rank}', 'w').write(os.environ['MASTER_PORT'])"
+    assert start(program, f"master_port={port}") == 0
+    assert (directory / "0").read_text() == str(port)
+
+
+def test_the_default_port_gives_way() -> None:
+    low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    # Both are in their context at once, and nobody listens yet.
+    with (
+        rendezvous_port(29500, keep=False, seed=1) as first,
+        rendezvous_port(29500, keep=False, seed=2) as second,
+    ):
+        assert first != second
+        assert not low <= second <= high
+        assert is_free(second)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        taken = server.getsockname()[1]
+        with rendezvous_port(taken, keep=False, seed=1) as port:
+            assert port != taken
+        with pytest.raises(PortTakenError), rendezvous_port(taken, keep=True, seed=1):
+            pass
+
+
+def test_the_log_goes_where_the_user_wants_it(tmp_path: Path, start: Start) -> None:
+    log = tmp_path / "elsewhere" / "x.log"
+    assert start("print('hello')", f"log_file={log}") == 0
+    assert start("print('hello')", f"log_file={log}") == 0
+    assert log.read_text() == "hello\n" * 4
+
+
+def test_what_one_machine_cannot_do(tmp_path: Path) -> None:
+    flags = ("num_nodes=2", "gbs=64", "container.kind=docker", "container.image=x")
+    with pytest.raises(SettingsError) as caught:
+        local.check(settings(tmp_path, *flags))
+    assert "num_nodes = 2 (flag --set)" in str(caught.value)
+    assert "container.kind = 'docker' (flag --set)" in str(caught.value)
