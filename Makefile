@@ -2,7 +2,6 @@
 # Both use .venv and the versions in constraints.txt; PYTHON=python3.12 takes another Python.
 
 PYTHON ?= python3
-DEMO ?= demo
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
@@ -17,7 +16,7 @@ help:
 	@echo 'make clean   remove .venv and what was built'
 
 demo: .venv/.train
-	@$(BIN)/python -m hlrlhf.trainer.demo $(DEMO)
+	@$(BIN)/python -m hlrlhf.trainer.demo demo/models
 	@PATH="$(CURDIR)/$(BIN):$$PATH" hlrlhf submit --preset demo --local
 
 test: .venv/.test
