@@ -1,0 +1,323 @@
+"""`hlrlhf submit`, on a real cluster and on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from cluster import Cluster, until
+
+from hlrlhf import runs
+from hlrlhf.settings.layers import load
+
+# What stands in for the trainer: the ranks are whatever `environment.python` runs.
+RANK = """#!/bin/bash
+echo "rank $RANK of $WORLD_SIZE, attempt $HLRLHF_ATTEMPT, $3"
+"""
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The mandatory settings in the environment; the folder of the runs."""
+    for name, value in {
+        "HL_TAG": "try",
+        "HL_BASE_OUT_PATH": str(tmp_path / "runs"),
+        "HL_ACTOR_MODEL_PATH": "/models/actor",
+        "HL_CRITIC_MODEL_PATH": "/models/critic",
+        "HL_DATASET_PATH": "/data",
+        "HL_DEVICES_PER_NODE": "2",
+        "HL_ENVIRONMENT_PYTHON": str(rank(tmp_path)),
+    }.items():
+        monkeypatch.setenv(name, value)
+    return tmp_path / "runs"
+
+
+def rank(folder: Path, body: str = RANK) -> Path:
+    file = folder / "rank"
+    file.write_text(body)
+    file.chmod(0o755)
+    return file
+
+
+def submit(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "hlrlhf", "submit", *arguments],
+        env=os.environ | environ,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def nothing_left(folder: Path) -> bool:
+    return not folder.exists() and not runs.every()
+
+
+def test_dry_run(settings: Path) -> None:
+    done = submit("--dry-run")
+    assert done.returncode == 0
+    assert done.stdout.startswith("#!/bin/bash\n")
+    assert f"would make {settings}/try" in done.stderr
+    assert nothing_left(settings)
+
+
+def test_dry_run_json(settings: Path) -> None:
+    shown = json.loads(submit("--dry-run", "--json").stdout)
+    assert shown["directory"] == f"{settings}/try"
+    assert shown["script"] == submit("--dry-run").stdout
+
+
+def test_dry_run_here(settings: Path) -> None:
+    done = submit("--dry-run", "--local")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "would start 2 ranks" in done.stderr
+    assert nothing_left(settings)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--dry-run", "--wait"], ["--test-only", "--local"], ["--dry-run", "--test-only"]]
+)
+def test_what_does_not_go_together(settings: Path, arguments: list[str]) -> None:
+    done = submit(*arguments)
+    assert done.returncode == 2
+    assert nothing_left(settings)
+
+
+@pytest.mark.slurm
+def test_submit_and_wait(on_slurm: Cluster, settings: Path) -> None:
+    done = submit("--set", "num_nodes=2", "--wait")
+    assert done.returncode == 0, done.stderr
+    run = runs.find("try")
+    assert run.directory == settings / "try"
+    job = run.job()
+    assert job is not None
+    assert done.stdout == f"{job.id}\n"
+    assert (job.kind, job.cluster) == ("slurm", None)
+    assert f"run try in {run.directory}" in done.stderr
+    assert "hlrlhf logs -f try" in done.stderr
+    assert "COMPLETED" in done.stderr
+    # Every rank knew itself, on both nodes, and ran from the directory's own settings.
+    lines = (run.logs / f"{job.id}.0.log").read_text().splitlines()
+    assert sorted(lines) == [f"rank {n} of 4, attempt 0, {run.directory}" for n in range(4)]
+    assert (run.logs / f"{job.id}.0.exit").read_text() == "0\n"
+    assert (run.logs / f"{job.id}.batch.log").exists()
+    assert load(run.settings_file).num_nodes == 2
+    assert run.script.read_text() == submit("--set", "num_nodes=2", "--dry-run").stdout
+
+
+@pytest.mark.slurm
+def test_submitting_twice_makes_two_runs(on_slurm: Cluster, settings: Path) -> None:
+    first = json.loads(submit("--json").stdout)
+    second = json.loads(submit("--json").stdout)
+    assert first["run"] == "try"
+    assert second["run"] == "try-2"
+    assert second["directory"] == f"{settings}/try-2"
+    assert second["job"]["id"] != first["job"]["id"]
+    assert json.loads((settings / "try-2" / "job.json").read_text()) == second["job"]
+    shown = on_slurm.run("scontrol", "show", "job", second["job"]["id"])
+    assert "JobName=try-2" in shown
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize("code", [1, 9, 75])
+def test_wait_ends_with_the_jobs_exit_code(
+    on_slurm: Cluster, settings: Path, tmp_path: Path, code: int
+) -> None:
+    rank(tmp_path, f"#!/bin/bash\nexit {code}\n")
+    done = submit("--wait")
+    assert done.returncode == code, done.stderr
+    assert "FAILED" in done.stderr
+
+
+@pytest.mark.slurm
+def test_a_failing_rank_ends_the_others(on_slurm: Cluster, settings: Path, tmp_path: Path) -> None:
+    rank(tmp_path, "#!/bin/bash\n((RANK == 1)) && exit 9\nexec sleep 100\n")
+    began = time.monotonic()
+    # srun's own code is the highest of its tasks', those that it ended included.
+    assert submit("--wait").returncode in (9, 15, 128 + 15)
+    assert time.monotonic() - began < 60
+
+
+@pytest.mark.slurm
+def test_rejected_by_slurm(on_slurm: Cluster, settings: Path) -> None:
+    done = submit("--set", "slurm.partition=nowhere")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "invalid partition" in done.stderr
+    assert nothing_left(settings)
+
+
+@pytest.mark.slurm
+def test_test_only(on_slurm: Cluster, settings: Path) -> None:
+    good = submit("--test-only")
+    assert good.returncode == 0
+    assert re.search(r"Job \d+ to start at", good.stdout)
+    bad = submit("--test-only", "--set", "slurm.partition=nowhere")
+    assert (bad.returncode, bad.stdout) == (1, "")
+    assert "invalid partition" in bad.stderr
+    assert nothing_left(settings)
+
+
+@pytest.mark.slurm
+def test_slurm_away(on_slurm: Cluster, settings: Path, tmp_path: Path) -> None:
+    conf = (on_slurm.folder / "slurm.conf").read_text()
+    away = tmp_path / "slurm.conf"
+    away.write_text(re.sub(r"SlurmctldPort=\d+", "SlurmctldPort=1\nMessageTimeout=2", conf))
+    done = submit(SLURM_CONF=str(away))
+    assert (done.returncode, done.stdout) == (3, "")
+    assert nothing_left(settings)
+
+
+@pytest.mark.slurm
+def test_submitting_from_inside_a_job(on_slurm: Cluster, settings: Path) -> None:
+    """The surrounding job's own variables do not reach this one."""
+    inside = {"SLURM_NTASKS_PER_NODE": "7", "SBATCH_PARTITION": "nowhere", "SLURM_CPU_BIND": "x"}
+    done = submit("--wait", **inside)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize(
+    ("number", "words"), [("USR1", "warned"), ("TERM", "ended")], ids=["USR1", "TERM"]
+)
+def test_a_warning_reaches_every_rank(
+    on_slurm: Cluster, settings: Path, tmp_path: Path, number: str, words: str
+) -> None:
+    """Slurm warns the batch shell; the ranks' own exit code is the job's."""
+    rank(
+        tmp_path,
+        f"""#!{sys.executable}
+import os, signal, sys, time
+def stop(*_):
+    print("{words}", flush=True)
+    sys.exit(75)
+signal.signal(signal.SIG{number}, stop)
+print("ready", flush=True)
+time.sleep(100)
+""",
+    )
+    job = submit("--set", "num_nodes=2", "--set", "slurm.signal_lead=60").stdout.strip()
+    logs = settings / "try" / "logs"
+    log = logs / f"{job}.0.log"
+    until(lambda: log.exists() and log.read_text().count("ready") == 4, "the ranks")
+    on_slurm.run("scancel", "--batch", f"--signal={number}", job)
+    until((logs / f"{job}.0.exit").exists, "the end of the job")
+    assert (logs / f"{job}.0.exit").read_text() == "75\n"
+    assert log.read_text().count(words) == 4
+
+
+@pytest.mark.slurm
+def test_a_requeued_job_logs_apart(on_slurm: Cluster, settings: Path, tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    rank(tmp_path, f'{RANK}[ -e "{go}" ] || exec sleep 100\n')
+    job = submit("--set", "slurm.requeue=true").stdout.strip()
+    logs = settings / "try" / "logs"
+    first, second = (logs / f"{job}.{attempt}.log" for attempt in (0, 1))
+    until(lambda: first.exists() and first.read_text().count("rank") == 2, "the first attempt")
+    go.touch()
+    on_slurm.run("scontrol", "requeue", job)
+    until(lambda: "JobState=PENDING" in on_slurm.run("scontrol", "show", "job", job), "the requeue")
+
+    def started() -> bool:
+        # A requeued job waits two minutes, unless told otherwise.
+        on_slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
+        return (logs / f"{job}.1.exit").exists()
+
+    until(started, "the second attempt", 60)
+    assert (logs / f"{job}.1.exit").read_text() == "0\n"
+    assert "attempt 0" in first.read_text()
+    assert "attempt 1" not in first.read_text()
+    assert second.read_text().count("attempt 1") == 2
+
+
+# --- without Slurm
+
+
+TRAINER = """
+import os, signal, sys, time
+print("rank", os.environ["RANK"], flush=True)
+"""
+
+
+@pytest.fixture
+def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package that stands before ours, so that `hlrlhf.trainer` is a small program."""
+    import hlrlhf
+
+    package = tmp_path / "site" / "hlrlhf"
+    package.mkdir(parents=True)
+    # All of ours, but the trainer.
+    (package / "__init__.py").write_text(
+        "import pathlib\n__version__ = '0'\n"
+        f"__path__ = [str(pathlib.Path(__file__).parent), {next(iter(hlrlhf.__path__))!r}]\n"
+    )
+    main = package / "trainer" / "__main__.py"
+    main.parent.mkdir()
+    (main.parent / "__init__.py").touch()
+    main.write_text(TRAINER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    monkeypatch.setenv("HL_DEVICE", "cpu")
+    return main
+
+
+def test_local(settings: Path, trainer: Path) -> None:
+    done = submit("--local", "--json")
+    assert done.returncode == 0, done.stderr
+    shown = json.loads(done.stdout)
+    assert shown["job"]["kind"] == "local"
+    run = runs.find("try")
+    assert not run.script.exists()
+    assert sorted((run.logs / "local.0.log").read_text().splitlines()) == ["rank 0", "rank 1"]
+    assert "rank 1\n" in done.stderr
+    assert f"everything is in {run.directory}" in done.stderr
+    job = run.job()
+    assert job is not None
+    assert runs.attempts(run, job) == {0: 0}
+
+
+def test_local_failure(settings: Path, trainer: Path) -> None:
+    trainer.write_text(TRAINER + "sys.exit(5)")
+    done = submit("--local")
+    assert done.returncode == 5
+    assert "failed with exit code 5" in done.stderr
+
+
+def test_local_with_a_taken_port_leaves_nothing(settings: Path, trainer: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        done = submit("--local", "--set", f"master_port={port}")
+    assert done.returncode == 2
+    assert f"HL_MASTER_PORT={port} is taken" in done.stderr
+    assert nothing_left(settings)
+
+
+def test_local_on_two_nodes(settings: Path, trainer: Path) -> None:
+    done = submit("--local", "--set", "num_nodes=2")
+    assert done.returncode == 2
+    assert "num_nodes = 2" in done.stderr
+    assert nothing_left(settings)
+
+
+def test_a_run_here_is_known_and_stopped(settings: Path, trainer: Path) -> None:
+    trainer.write_text(
+        TRAINER + "signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))\n"
+        "print('ready', flush=True)\ntime.sleep(100)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hlrlhf", "submit", "--local"], stdout=subprocess.DEVNULL
+    )
+    log = settings / "try" / "logs" / "local.0.log"
+    until(lambda: log.exists() and log.read_text().count("ready") == 2, "the ranks")
+    run = runs.find("try")
+    assert run.is_held()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == 75
+    assert not run.is_held()
