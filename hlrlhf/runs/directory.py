@@ -6,12 +6,16 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
+
+
+_WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", re.ASCII)
 
 
 class RunError(Exception):
@@ -116,8 +120,9 @@ class Run:
             raise RunError(f"{self.job_file}: {error.strerror}") from error
         except (ValueError, TypeError, KeyError) as error:
             raise RunError(f"{self.job_file}: not a job's record") from error
-        # The id goes into commands and file names.
-        if job.kind not in ("slurm", "local") or not (job.id.isascii() and job.id.isdigit()):
+        # Both go into commands, and the id into file names.
+        words = [job.id] if job.cluster is None else [job.id, str(job.cluster)]
+        if job.kind not in ("slurm", "local") or not all(map(_WORD.fullmatch, words)):
             raise RunError(f"{self.job_file}: not a job's record")
         return job
 
