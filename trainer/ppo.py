@@ -65,7 +65,7 @@ def token_rewards(
     Returns:
         [b, r], zero where the mask is false. A row without any valid token gets no score.
     """
-    rewards = -kl_coefficient * kl * mask
+    rewards = torch.where(mask, -kl_coefficient * kl, 0)
     lengths = mask.sum(-1)
     last = (lengths - 1).clamp(min=0).unsqueeze(-1)
     given = torch.where(lengths > 0, scores.clamp(-clip, clip), torch.zeros_like(scores))
@@ -89,8 +89,8 @@ def advantages_and_returns(
     Returns:
         Advantages and returns, both [b, r], zero where the mask is false.
     """
-    values = values * mask
-    rewards = rewards * mask
+    values = torch.where(mask, values, 0)
+    rewards = torch.where(mask, rewards, 0)
     following = torch.zeros_like(values[:, 0])
     advantage = torch.zeros_like(values[:, 0])
     columns = []
@@ -156,4 +156,4 @@ def whiten(advantages: Tensor, mask: Tensor, mean: Tensor, variance: Tensor) -> 
     Returns:
         [b, r], zero where the mask is false.
     """
-    return (advantages - mean) * torch.rsqrt(variance + 1e-8) * mask
+    return torch.where(mask, (advantages - mean) * torch.rsqrt(variance + 1e-8), 0)
