@@ -1,0 +1,155 @@
+"""Real models and engines, as small as they get, for the tests of the trainer.
+
+Weights are drawn far wider than for training, so that every token, position and layer tells.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BloomConfig,
+    GenerationConfig,
+    LlamaConfig,
+)
+
+from hlrlhf.settings import Settings, resolve
+from hlrlhf.trainer import demo, device
+
+# One architecture that rotates queries and keys by position, one that biases by distance (ALiBi).
+ARCHITECTURES = ("llama", "bloom")
+VOCABULARY, PAD, BOS, EOS = 48, 0, 1, 2
+TEXTS = ["Human: where is the blue boat?\n\nAssistant: In the harbour.", "user assistant system"]
+
+
+def config(architecture: str, vocabulary: int = VOCABULARY, **options: Any) -> Any:
+    """A configuration that asks for dropout wherever the architecture has it."""
+    special = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
+    common = {"vocab_size": vocabulary, "initializer_range": 0.4, **special, **options}
+    if architecture == "llama":
+        return LlamaConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=128,
+            attention_dropout=0.1,
+            **common,
+        )
+    return BloomConfig(
+        hidden_size=32, n_layer=2, n_head=4, hidden_dropout=0.1, attention_dropout=0.1, **common
+    )
+
+
+def save_policy(folder: Path, architecture: str, seed: int = 1, **options: Any) -> Path:
+    """A causal language model as Hugging Face saves it."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config(architecture, **options))
+    model.save_pretrained(folder)
+    return folder
+
+
+def classifier(architecture: str, seed: int = 2, **options: Any) -> Any:
+    """A sequence classifier with one label."""
+    torch.manual_seed(seed)
+    return AutoModelForSequenceClassification.from_config(
+        config(architecture, num_labels=1, **options)
+    )
+
+
+def save_classifier(folder: Path, architecture: str, **options: Any) -> Path:
+    """A sequence classifier as Hugging Face saves it."""
+    classifier(architecture, **options).save_pretrained(folder)
+    return folder
+
+
+def step2_weights(model: Any) -> dict[str, torch.Tensor]:
+    """A classifier's weights under the names of DeepSpeed-Chat's step 2."""
+    prefix = f"{model.base_model_prefix}."
+    return {
+        "v_head.weight"
+        if name == "score.weight"
+        else f"rwtransformer.{name.removeprefix(prefix)}": value.clone()
+        for name, value in model.state_dict().items()
+    }
+
+
+def save_step2(folder: Path, architecture: str, **options: Any) -> Path:
+    """The same classifier as DeepSpeed-Chat's step 2 saves it: the base model's configuration."""
+    model = classifier(architecture, **options)
+    folder.mkdir(parents=True)
+    config(architecture).save_pretrained(folder)
+    torch.save(step2_weights(model), folder / "pytorch_model.bin")
+    return folder
+
+
+def tokenizer(chat_template: str | None = None) -> Any:
+    """A byte-level tokenizer: any text survives encoding and decoding; it puts BOS in front."""
+    made = demo.train_tokenizer(TEXTS)
+    made.chat_template = chat_template
+    return made
+
+
+def settings(*flags: str) -> Settings:
+    """Settings of one rank on the CPU; models and data are nowhere unless flags say so."""
+    base = {
+        "HL_TAG": "tiny",
+        "HL_BASE_OUT_PATH": "/nowhere",
+        "HL_ACTOR_MODEL_PATH": "/nowhere",
+        "HL_CRITIC_MODEL_PATH": "/nowhere",
+        "HL_DATASET_PATH": "/nowhere",
+        "HL_DEVICE": "cpu",
+        "HL_DTYPE": "fp32",
+        "HL_DEVICES_PER_NODE": "1",
+        "HL_MBS": "2",
+        "HL_GBS": "4",
+        "HL_ACTOR_ZERO_STAGE": "0",
+        "HL_CRITIC_ZERO_STAGE": "0",
+    }
+    return resolve(environ=base, flags=flags).settings
+
+
+def cpu(chosen: Settings) -> device.Device:
+    """The device of the only rank."""
+    return device.select(chosen, 0)
+
+
+@pytest.fixture(scope="session")
+def one_rank() -> Iterator[None]:
+    """This process is the only rank of a gloo group."""
+    if dist.is_initialized():
+        yield
+        return
+    from hlrlhf.trainer import engine
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    names = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": port}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (names | {"MASTER_ADDR": "127.0.0.1"}).items():
+            patch.setenv(name, str(value))
+        engine.start(cpu(settings()))
+        yield
+    dist.destroy_process_group()
+
+
+def padded(rows: list[list[int]], width: int | None = None) -> tuple[Any, Any]:
+    """Rows of tokens padded on the left, and their mask."""
+    width = width or max(len(row) for row in rows)
+    ids = torch.tensor([[PAD] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
+
+
+def generation(**options: Any) -> Any:
+    """A generation configuration with the tiny models' special tokens."""
+    return GenerationConfig(**{"pad_token_id": PAD, "eos_token_id": [EOS]} | options)
