@@ -149,6 +149,7 @@ def test_a_job_is_recorded_as_it_was(tmp_path: Path) -> None:
         '{"kind": "slurm", "id": "--user=root", "cluster": null, "submitted": 1}',
         '{"kind": "slurm", "id": "1", "cluster": null, "submitted": "now"}',
         '{"kind": "slurm", "id": "1", "cluster": "a b", "submitted": 1}',
+        '{"kind": "local", "id": "../1", "cluster": null, "submitted": 1}',
         '{"kind": "lsf", "id": "1", "cluster": null, "submitted": 1}',
     ],
 )

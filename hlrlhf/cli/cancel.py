@@ -35,12 +35,12 @@ def cancel(
                     _say(run.name, f"has ended already: {state.state}" if job else state.reason)
             elif job.kind == "local":
                 _say(run.name, "asked to stop" if run.terminate() else "has ended already")
-            else:
+            elif state.state != UNKNOWN:
                 clusters.setdefault(job.cluster, {})[job.id] = run.name
-                # It may be a job that Slurm has forgotten, so it is neither stopped nor ended.
-                if state.state == UNKNOWN and not everything:
-                    _say(run.name, state.reason)
-                    failed = True
+            elif not everything:
+                # Slurm may have given the id to another job since, which is not ours to cancel.
+                _say(run.name, f"was not cancelled: {state.reason}")
+                failed = True
         except runs.RunError as error:
             _say("hlrlhf", str(error))
             failed = True

@@ -15,9 +15,6 @@ from pathlib import Path
 from typing import Literal
 
 
-_WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", re.ASCII)
-
-
 class RunError(Exception):
     """A run that cannot be made, found or used; says which and why."""
 
@@ -121,8 +118,10 @@ class Run:
         except (ValueError, TypeError, KeyError) as error:
             raise RunError(f"{self.job_file}: not a job's record") from error
         # Both go into commands, and the id into file names.
-        words = [job.id] if job.cluster is None else [job.id, str(job.cluster)]
-        if job.kind not in ("slurm", "local") or not all(map(_WORD.fullmatch, words)):
+        plain = re.fullmatch(r"[0-9]+", job.id) and re.fullmatch(
+            r"(None|[\w.-]+)", str(job.cluster)
+        )
+        if job.kind not in ("slurm", "local") or not plain:
             raise RunError(f"{self.job_file}: not a job's record")
         return job
 
