@@ -7,6 +7,7 @@ text is already right where it stands"; no HTML is involved.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
@@ -17,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import jinja2.bccache
 from markupsafe import Markup
 
+from hlrlhf import __version__
 from hlrlhf.settings.errors import Problem, SettingsError
 from hlrlhf.settings.layers import Resolved
 from hlrlhf.settings.schema import Settings
@@ -84,12 +87,31 @@ def _environment(template: str, environ: Mapping[str, str]) -> jinja2.Environmen
         # With autoescape, `super()` and macros yield Markup, as our filters do.
         autoescape=True,
         finalize=_finalize,
+        bytecode_cache=_Cache(str(_cache_folder(environ))),
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
     jinja.filters.update(shell=shell, sbatch=sbatch, verbatim=verbatim, log_pattern=log_pattern)
     return jinja
+
+
+class _Cache(jinja2.FileSystemBytecodeCache):
+    """Compiled templates, by their text; compiling them is a third of the time of a render."""
+
+    def dump_bytecode(self, bucket: jinja2.bccache.Bucket) -> None:
+        # Where nothing can be written, there is no cache.
+        with contextlib.suppress(OSError):
+            Path(self.directory).mkdir(parents=True, exist_ok=True)
+            super().dump_bytecode(bucket)
+
+
+def _cache_folder(environ: Mapping[str, str]) -> Path:
+    cache = environ.get("XDG_CACHE_HOME", "")
+    if not cache.startswith("/"):
+        cache = str(Path(environ.get("HOME") or Path.home()) / ".cache")
+    # What a template compiles to depends on how it is set up here.
+    return Path(cache, "hlrlhf", f"templates-{__version__}")
 
 
 def _file_at(template: str) -> Callable[[str], tuple[str, str, Callable[[], bool]] | None]:
