@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from transformers import GenerationConfig
 
 from hlrlhf.settings import Settings
-from hlrlhf.trainer import data
+from hlrlhf.trainer import data, models
 from hlrlhf.trainer.device import Device
 from hlrlhf.trainer.engine import gathered
 
@@ -82,8 +82,9 @@ def generate(
     """
     ids, mask = data.pad_left(prompts, config.pad_token_id, device.pad_to)
     policy = actor.module.eval()
-    # generate() fills what a call leaves unset from the model's own configuration.
-    policy.lm.generation_config = config
+    # generate() fills what a call leaves unset from the configuration of the model itself, which
+    # peft's wrapper hides.
+    models.unwrapped(policy.lm).generation_config = config
     with gathered(actor), device.generating(policy.lm) as extra:
         sequences = policy.generate(
             input_ids=ids.to(device.torch),
