@@ -1,0 +1,304 @@
+"""Rollouts: where answers end, and that they are samples of the policy itself."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import tiny  # noqa: E402
+from hypothesis import given  # noqa: E402
+from hypothesis import settings as hypothesis_settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+from tiny import EOS, PAD  # noqa: E402
+from transformers import AutoModelForCausalLM, GenerationConfig  # noqa: E402
+
+from hlrlhf.trainer import lora, models, rollout  # noqa: E402
+
+PROMPTS = [[1, 5, 6, 7, 8, 9], [1, 30], [1, 11, 12]]
+
+
+def ended_at(
+    answers: list[list[int]],
+    end_tokens: list[int],
+    padding: int = PAD,
+    multiple: int = 1,
+) -> rollout.Rollout:
+    """The rollout from answers to one-token prompts."""
+    sequences = torch.tensor([[20, *answer] for answer in answers])
+    config = GenerationConfig(eos_token_id=end_tokens, pad_token_id=padding)
+    prompt_mask = torch.ones(len(answers), 1, dtype=torch.long)
+    return rollout.from_sequences(sequences, prompt_mask, config, multiple)
+
+
+def answers_of(found: rollout.Rollout) -> list[list[int]]:
+    width = found.answer_width
+    return [
+        row[mask].tolist()
+        for row, mask in zip(found.sequences[:, -width:], found.answer_mask, strict=True)
+    ]
+
+
+# 1. Where an answer ends.
+
+
+def test_the_first_end_token_ends_an_answer_and_belongs_to_it() -> None:
+    found = ended_at([[7, 2, 0, 0], [2, 0, 0, 0], [7, 8, 9, 10]], [2])
+
+    assert answers_of(found) == [[7, 2], [2], [7, 8, 9, 10]]
+    assert found.lengths.tolist() == [2, 1, 4]
+    assert found.ended.tolist() == [True, True, False]
+    assert found.attention_mask.tolist() == [[1, 1, 1, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 1, 1]]
+
+
+def test_what_follows_an_end_token_becomes_padding() -> None:
+    found = ended_at([[7, 2, 8, 2]], [2])
+
+    assert found.sequences.tolist() == [[20, 7, 2, 0, 0]]
+    assert answers_of(found) == [[7, 2]]
+
+
+def test_any_of_several_end_tokens_ends_an_answer() -> None:
+    found = ended_at([[7, 5, 2, 0], [7, 8, 2, 5], [3, 0, 0, 0]], [2, 5, 3])
+
+    assert answers_of(found) == [[7, 5], [7, 8, 2], [3]]
+
+
+def test_an_end_token_that_is_also_the_padding_is_kept_once() -> None:
+    found = ended_at([[7, 2, 2, 2], [7, 8, 9, 2], [7, 8, 9, 10]], [2], padding=2)
+
+    assert answers_of(found) == [[7, 2], [7, 8, 9, 2], [7, 8, 9, 10]]
+    assert found.ended.tolist() == [True, True, False]
+
+
+def test_a_padding_token_that_the_policy_sampled_is_part_of_the_answer() -> None:
+    found = ended_at([[7, 0, 8, 2], [0, 0, 0, 0]], [2])
+
+    assert answers_of(found) == [[7, 0, 8, 2], [0, 0, 0, 0]]
+    assert found.ended.tolist() == [True, False]
+
+
+def test_an_end_token_in_the_prompt_ends_nothing() -> None:
+    config = GenerationConfig(eos_token_id=[2], pad_token_id=2)
+
+    found = rollout.from_sequences(
+        torch.tensor([[2, 2, 9, 7, 2]]), torch.tensor([[0, 1, 1]]), config
+    )
+
+    assert answers_of(found) == [[7, 2]]
+    assert found.attention_mask.tolist() == [[0, 1, 1, 1, 1]]
+
+
+def test_answers_are_widened_to_a_multiple() -> None:
+    found = ended_at([[7, 8, 9], [7, 2, 0]], [2], multiple=4)
+
+    assert found.sequences.tolist() == [[20, 7, 8, 9, 0], [20, 7, 2, 0, 0]]
+    assert found.answer_mask.tolist() == [[True, True, True, False], [True, True, False, False]]
+    assert found.attention_mask.tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 0, 0]]
+
+
+@hypothesis_settings(deadline=None, max_examples=100)
+@given(
+    st.lists(st.lists(st.integers(0, 5), min_size=6, max_size=6), min_size=1, max_size=4),
+    st.sets(st.integers(0, 5), min_size=1, max_size=3),
+    st.integers(0, 5),
+    st.integers(1, 5),
+)
+def test_any_answers(
+    answers: list[list[int]], end_tokens: set[int], padding: int, multiple: int
+) -> None:
+    found = ended_at(answers, sorted(end_tokens), padding, multiple)
+
+    slow = []
+    for answer in answers:
+        row: list[int] = []
+        for token in answer:
+            row.append(token)
+            if token in end_tokens:
+                break
+        slow.append(row)
+    assert answers_of(found) == slow
+    assert found.answer_width % multiple == 0
+    assert found.lengths.tolist() == [len(row) for row in slow]
+    assert found.ended.tolist() == [row[-1] in end_tokens for row in slow]
+    outside = found.sequences[:, 1:][~found.answer_mask]
+    assert (outside == padding).all()
+
+
+# 2. Sampling.
+
+
+class Whole:
+    """What `generate` needs of an engine whose weights are not partitioned."""
+
+    def __init__(self, module: models.Policy):
+        self.module = module
+
+    def zero_optimization_stage(self) -> int:
+        return 0
+
+
+@pytest.fixture(scope="module", params=tiny.ARCHITECTURES)
+def stubborn(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose generation_config.json asks for everything that PPO must not do."""
+    folder = tiny.save_policy(tmp_path_factory.mktemp("stubborn"), request.param)
+    asked = {
+        "do_sample": False,
+        "temperature": 0.01,
+        "top_k": 1,
+        "top_p": 0.01,
+        "repetition_penalty": 50.0,
+        "no_repeat_ngram_size": 1,
+        "min_new_tokens": 8,
+        "suppress_tokens": list(range(3, 40)),
+        "num_beams": 2,
+        "pad_token_id": PAD,
+        "eos_token_id": EOS,
+    }
+    (folder / "generation_config.json").write_text(json.dumps(asked))
+    return folder
+
+
+def sample(
+    policy: models.Policy, prompts: list[list[int]], *flags: str, seed: int = 0
+) -> rollout.Rollout:
+    settings = tiny.settings("generation.max_new_tokens=2", *flags)
+    device = tiny.cpu(settings)
+    torch.manual_seed(seed)
+    return rollout.generate(
+        Whole(policy), prompts, rollout.sampling(settings, [EOS], PAD, device), device
+    )
+
+
+def first_tokens(found: rollout.Rollout) -> Any:
+    return found.sequences[:, -found.answer_width]
+
+
+def far_from(tokens: Any, probabilities: Any) -> float:
+    """Pearson's chi-squared per degree of freedom; about 1 when the tokens are samples."""
+    seen = torch.bincount(tokens, minlength=len(probabilities)).double()
+    expected = probabilities.double() * len(tokens)
+    common = expected >= 5
+    rare = torch.stack([seen[~common].sum(), expected[~common].sum()])
+    bins = [*((seen - expected) ** 2 / expected)[common].tolist()]
+    if rare[1] > 1:
+        bins.append(float((rare[0] - rare[1]) ** 2 / rare[1]))
+    return sum(bins) / max(1, len(bins) - 1)
+
+
+def plain_logits(folder: Path, prompt: list[int]) -> Any:
+    """Logits of the next token, from the plain model on the prompt alone."""
+    plain = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        return plain(torch.tensor([prompt])).logits[0, -1]
+
+
+ROWS = 1500
+
+
+@pytest.mark.parametrize(("with_lora", "temperature"), [(False, 1.0), (False, 2.0), (True, 1.0)])
+def test_answers_are_samples_of_the_policy_whatever_the_checkpoint_asks_for(
+    stubborn: Path, with_lora: bool, temperature: float
+) -> None:
+    policy = models.load_policy(str(stubborn), "fp32", 0.0)
+    if with_lora:
+        lora.add_adapters(policy, tiny.settings("lora.dim=2"))
+    # A longer neighbour pads them all: that must not show.
+    prompts = [PROMPTS[1]] * ROWS + [PROMPTS[0]]
+
+    found = sample(policy, prompts, f"generation.temperature={temperature}")
+
+    logits = plain_logits(stubborn, PROMPTS[1])
+    tokens = first_tokens(found)[:-1]
+    assert far_from(tokens, (logits / temperature).softmax(-1)) < 2
+    # The second token follows the first, which may be repeated, and nothing is suppressed.
+    first = int(tokens.mode().values)
+    followed = found.sequences[:-1][tokens == first][:, -1]
+    after = plain_logits(stubborn, [*PROMPTS[1], first])
+    if first != EOS:
+        assert far_from(followed, (after / temperature).softmax(-1)) < 2.5
+
+
+def test_top_k_and_top_p_are_the_settings_own(stubborn: Path) -> None:
+    policy = models.load_policy(str(stubborn), "fp32", 0.0)
+    probabilities = (plain_logits(stubborn, PROMPTS[1]) / 3).softmax(-1)
+    ranked = probabilities.argsort(descending=True).tolist()
+
+    tokens = first_tokens(
+        sample(policy, [PROMPTS[1]] * 500, "generation.temperature=3", "generation.top_k=3")
+    )
+    assert set(tokens.tolist()) == set(ranked[:3])
+
+    tokens = first_tokens(
+        sample(policy, [PROMPTS[1]] * 500, "generation.temperature=3", "generation.top_p=0.5")
+    )
+    nucleus = int((probabilities[ranked].cumsum(0) < 0.5).sum()) + 1
+    assert set(tokens.tolist()) == set(ranked[:nucleus])
+
+
+def test_more_than_fifty_tokens_can_be_sampled(tmp_path: Path) -> None:
+    """Fifty is transformers' own top_k where nobody sets one."""
+    folder = tiny.save_policy(tmp_path, "llama", vocabulary=200, initializer_range=0.01)
+    policy = models.load_policy(str(folder), "fp32", 0.0)
+
+    tokens = first_tokens(sample(policy, [PROMPTS[1]] * 2000))
+
+    assert len(set(tokens.tolist())) > 150
+
+
+def test_the_policy_gets_its_own_generation_configuration_back(stubborn: Path) -> None:
+    policy = models.load_policy(str(stubborn), "fp32", 0.0)
+
+    sample(policy, PROMPTS)
+
+    assert policy.generation_config.repetition_penalty == 50.0
+    assert policy.generation_config.do_sample is False
+
+
+def test_dropout_is_off_while_the_policy_samples(stubborn: Path) -> None:
+    policy = models.load_policy(str(stubborn), "fp32", 0.9)
+    policy.train()
+
+    found = sample(policy, [PROMPTS[1]] * ROWS)
+
+    logits = plain_logits(stubborn, PROMPTS[1])
+    assert far_from(first_tokens(found), logits.softmax(-1)) < 2
+
+
+# 3. Padding.
+
+
+def test_a_rollout_of_prompts_of_many_lengths(stubborn: Path) -> None:
+    policy = models.load_policy(str(stubborn), "fp32", 0.0)
+
+    found = sample(policy, PROMPTS, "generation.max_new_tokens=9")
+
+    width = found.sequences.shape[1] - found.answer_width
+    assert width == 6
+    for row, mask, prompt in zip(found.sequences, found.attention_mask, PROMPTS, strict=True):
+        assert row[:width][mask[:width].bool()].tolist() == prompt
+        assert mask[:width].tolist() == [0] * (width - len(prompt)) + [1] * len(prompt)
+    assert found.attention_mask[:, width:].bool().equal(found.answer_mask)
+    assert found.lengths.min() >= 1
+
+
+def test_padded_rows_have_the_log_probs_of_unpadded_ones(stubborn: Path) -> None:
+    """Tolerance 1e-4 nats: fp32 sums in another order."""
+    policy = models.load_policy(str(stubborn), "fp32", 0.0).eval()
+    plain = AutoModelForCausalLM.from_pretrained(stubborn).eval()
+    found = sample(policy, PROMPTS, "generation.max_new_tokens=9", seed=3)
+
+    with torch.no_grad():
+        together = policy(found.sequences, found.attention_mask, found.answer_width, 0.7)
+        for i, prompt in enumerate(PROMPTS):
+            answer = found.sequences[i, -found.answer_width :][found.answer_mask[i]]
+            alone = torch.cat([torch.tensor(prompt), answer])
+            logits = plain(alone[None]).logits[0, len(prompt) - 1 : -1].double() / 0.7
+            expected = [float(logits[t].log_softmax(-1)[token]) for t, token in enumerate(answer)]
+            assert together[i, : len(answer)].tolist() == pytest.approx(expected, abs=1e-4)
+            assert all(math.isfinite(value) for value in expected)
