@@ -17,7 +17,8 @@ _OUTPUTS = {
     "checkpoint_path",
     "hpu.recipe_cache_path",
 }
-# Read by the run: a path if it exists here, else a name (on the Hub, in a registry, on PATH).
+# Read by the run: a path if it exists here or starts with ./ or ../, else a name (on the Hub, in a
+# registry, on PATH).
 _INPUTS = {
     "actor.model_path",
     "critic.model_path",
@@ -38,6 +39,8 @@ def absolute(name: str, value: Any) -> Any:
     path = os.path.expanduser(value) if value.startswith("~") else value  # noqa: PTH111
     if name == "environment.python" and os.sep not in path:
         return path  # a command, even if a file here has the same name
-    if name in _OUTPUTS or os.path.exists(path):  # noqa: PTH110 - Path raises on odd names
+    # A name never begins with a dot and a slash, so that may also be a path that is yet to be made.
+    dotted = path.startswith(("./", "../"))
+    if name in _OUTPUTS or dotted or os.path.exists(path):  # noqa: PTH110 - Path raises on odd names
         return os.path.abspath(path)  # noqa: PTH100 - links stay; only dots go
     return path
