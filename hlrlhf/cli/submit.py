@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from hlrlhf import runs
+from hlrlhf import demo, runs
 from hlrlhf.cli import options
 from hlrlhf.settings import SettingsError, layers
 from hlrlhf.settings.layers import Resolved
@@ -55,6 +55,8 @@ def submit(
         from hlrlhf import local as launcher
 
         launcher.check(resolved)
+    if not (dry_run or test_only):
+        demo.prepare(resolved)
     if dry_run:
         _dry_run(resolved, local=local, as_json=as_json)
     elif test_only:
