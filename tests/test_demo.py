@@ -22,6 +22,8 @@ from transformers import (  # noqa: E402
     AutoTokenizer,
 )
 
+from hlrlhf.demo import DemoError, prepare  # noqa: E402
+from hlrlhf.settings import Resolved, resolve  # noqa: E402
 from hlrlhf.trainer import demo  # noqa: E402
 
 
@@ -189,3 +191,55 @@ def test_interrupted_it_leaves_nothing(tmp_path: Path) -> None:
     os.kill(maker.pid, signal.SIGINT)
     assert maker.wait(timeout=30) != 0
     assert list(tmp_path.iterdir()) == []
+
+
+def demo_settings(*flags: str) -> Resolved:
+    return resolve("demo", flags=["environment.python=false", *flags])
+
+
+def test_preset_needs_its_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DemoError, match="HL_ENVIRONMENT_PYTHON"):
+        prepare(demo_settings())
+    assert list(tmp_path.iterdir()) == []
+    # Not names on the Hub, though nothing is there yet.
+    assert demo_settings().settings.actor.model_path == str(tmp_path / "demo/models/actor")
+
+
+def test_other_models_than_the_demos_are_not_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    paths = [f"{name}=./own" for name in ("actor.model_path", "critic.model_path", "dataset.path")]
+    prepare(demo_settings(*paths))
+    with pytest.raises(DemoError):
+        prepare(demo_settings(*paths[1:]))
+    own = ["tag=own", "base_out_path=runs", "environment.python=false", *paths]
+    prepare(resolve("llama2-7b", flags=own))
+
+
+def test_models_that_are_there_are_not_made_again(
+    demo_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("demo").mkdir()
+    Path("demo/models").symlink_to(demo_models)
+    prepare(demo_settings())
+
+
+def test_from_nothing_to_a_kinder_actor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held_out: list[dict[str, str]]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = [sys.executable, "-m", "hlrlhf", "submit", "--preset", "demo", "--local"]
+    subprocess.run(command, check=True, timeout=400)
+    run = tmp_path / "demo" / "runs" / "demo"
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rewards = [step["reward"] for step in steps]
+    assert len(rewards) == 40
+    assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 2.5
+    actor = AutoModelForCausalLM.from_pretrained(run / "checkpoints" / "final" / "actor")
+    tokenizer = AutoTokenizer.from_pretrained(run / "checkpoints" / "final" / "actor")
+    batch = tokenizer(held_out[0]["prompt"], return_tensors="pt")
+    sequence = actor.generate(batch["input_ids"], do_sample=False, max_new_tokens=24)[0]
+    assert sequence[-1] == tokenizer.eos_token_id
