@@ -207,11 +207,15 @@ def _totals(
 
 
 def _rates(actor: Any, critic: Any) -> dict[str, float]:
-    """Learning rates and gradient norms of the last update."""
+    """Learning rates of the last update, and gradient norms where DeepSpeed keeps them.
+
+    It does not in fp32 without ZeRO.
+    """
     values = {}
     for name, trained in (("actor", actor), ("critic", critic)):
         values[f"{name}_learning_rate"] = trained.get_lr()[0]
-        values[f"{name}_gradient_norm"] = float(trained.get_global_grad_norm() or 0.0)
+        if (norm := trained.get_global_grad_norm()) is not None:
+            values[f"{name}_gradient_norm"] = float(norm)
     return values
 
 
