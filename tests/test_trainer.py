@@ -1,0 +1,386 @@
+"""Whole runs of the trainer, as processes, on the demo's models."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.slow
+
+from peft import PeftModel  # noqa: E402
+from ranks import Run, finish, prepare, read_lines, running, train  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+)
+
+from hlrlhf.ports import rendezvous_port  # noqa: E402
+from hlrlhf.trainer.models import load_scorer  # noqa: E402
+
+# Largest difference seen between the runs that must agree, of each weight matrix relative to its
+# norm: 6.4e-7 after three steps in fp32. Leaving out one rank's gradients makes it 1e-3.
+SAME_WEIGHTS = 1e-5
+COMPARED = ("reward", "kl", "length", "entropy", "value", "return", "critic_loss")
+ADAPTERS: dict[str, Any] = {"lora__dim": 4, "lora__actor_lr": 1e-2, "lora__critic_lr": 1e-2}
+
+Trained = Callable[..., Run]
+
+
+@pytest.fixture(scope="session")
+def trained(demo_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Runs to their end, each made once however many tests look at it."""
+    done: dict[str, Run] = {}
+
+    def run(ranks: int = 1, **changes: Any) -> Run:
+        key = repr((ranks, sorted(changes.items())))
+        if key not in done:
+            directory = tmp_path_factory.mktemp("run")
+            prepare(directory, demo_models, devices_per_node=ranks, **changes)
+            done[key] = train(directory, ranks)
+        assert done[key].codes == [0] * ranks, done[key].output
+        return done[key]
+
+    return run
+
+
+def zero(stage: int) -> dict[str, int]:
+    return {"actor__zero_stage": stage, "critic__zero_stage": stage}
+
+
+def assert_same(run: Run, other: Run) -> None:
+    for step, expected in zip(run.metrics, other.metrics, strict=True):
+        for name in COMPARED:
+            assert step[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5), name
+    for role in ("actor", "critic"):
+        expected = other.weights(role)
+        weights = run.weights(role)
+        assert weights.keys() == expected.keys()
+        for name, value in weights.items():
+            difference = (value - expected[name]).norm() / expected[name].norm()
+            assert difference < SAME_WEIGHTS, f"{role} {name}"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "changes"),
+    [
+        pytest.param(1, {"mbs": 2}, id="accumulation"),
+        pytest.param(1, {"actor__cp_act": 1, "critic__cp_act": 1}, id="activation checkpointing"),
+        *(
+            pytest.param(2, {"mbs": 2} | zero(stage), id=f"2 ranks, ZeRO {stage}")
+            for stage in range(4)
+        ),
+    ],
+)
+def test_a_run_does_not_depend_on_how_it_is_spread(
+    trained: Trained, ranks: int, changes: dict[str, Any]
+) -> None:
+    assert_same(trained(ranks, **changes), trained())
+
+
+def test_both_formats_of_critic_and_reward_are_one_model(
+    trained: Trained, demo_models: Path
+) -> None:
+    assert_same(trained(critic__model_path=demo_models / "reward-hf"), trained())
+
+
+def test_actor_and_critic_learn(trained: Trained, demo_models: Path) -> None:
+    first, *_, last = trained().metrics
+    assert last["reward"] > first["reward"] + 1
+    assert last["kl"] > first["kl"]
+    for role, folder in (("actor", "actor"), ("critic", "reward-hf")):
+        start = load_file(demo_models / folder / "model.safetensors")
+        moved = [
+            name for name, value in trained().weights(role).items() if (value != start[name]).any()
+        ]
+        assert len(moved) == len(start), role
+
+
+def test_norms_of_gradients_are_told_or_left_out_but_not_made_up(trained: Trained) -> None:
+    alone = trained().metrics
+    assert all(step["actor_gradient_norm"] > 0 for step in alone)
+    for step, expected in zip(trained(2, mbs=2, **zero(0)).metrics, alone, strict=True):
+        norm = step.get("actor_gradient_norm", expected["actor_gradient_norm"])
+        assert norm == pytest.approx(expected["actor_gradient_norm"], rel=1e-3)
+
+
+def test_bf16_runs_and_saves_bf16(trained: Trained) -> None:
+    run = trained(2, mbs=2, dtype="bf16")
+    assert all(abs(step["reward"]) < 10 for step in run.metrics)
+    assert {value.dtype for value in run.weights("actor").values()} == {torch.bfloat16}
+
+
+@pytest.fixture(scope="session")
+def adapters_only(trained: Trained) -> Run:
+    """LoRA on 2 ranks under ZeRO-3, nothing else trained but the critic's head."""
+    return trained(2, mbs=2, only_optimize_lora=1, **ADAPTERS, **zero(3))
+
+
+def test_adapters_alone_leave_the_base_as_it_was(adapters_only: Run, demo_models: Path) -> None:
+    merged = adapters_only.weights("actor")
+    adapter = load_file(
+        adapters_only.directory / "checkpoints/final/actor-adapter/adapter_model.safetensors"
+    )
+    adapted = 0
+    for name, value in load_file(demo_models / "actor" / "model.safetensors").items():
+        stem = f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{stem}.lora_B.weight" in adapter:
+            adapted += 1
+            value = value + 0.25 * (
+                adapter[f"{stem}.lora_B.weight"] @ adapter[f"{stem}.lora_A.weight"]
+            )
+            assert (value != merged[name]).sum() == 0, name
+        else:
+            assert torch.equal(value, merged[name]), name
+    assert adapted == 14, "7 linear layers in each of 2 blocks"
+    start = load_file(demo_models / "reward-hf" / "model.safetensors")
+    critic = adapters_only.weights("critic")
+    assert not torch.equal(start["score.weight"], critic["score.weight"])
+    assert torch.equal(start["model.embed_tokens.weight"], critic["model.embed_tokens.weight"])
+
+
+def test_the_adapter_on_the_base_is_the_merged_actor(adapters_only: Run, demo_models: Path) -> None:
+    saved = adapters_only.directory / "checkpoints" / "final"
+    base = AutoModelForCausalLM.from_pretrained(demo_models / "actor")
+    ids = torch.arange(3, 40).reshape(1, -1)
+    with torch.no_grad():
+        before = base(ids).logits
+        loaded = PeftModel.from_pretrained(base, saved / "actor-adapter")(ids).logits
+        merged = AutoModelForCausalLM.from_pretrained(saved / "actor")(ids).logits
+    assert torch.allclose(loaded, merged, atol=1e-4)
+    assert not torch.allclose(before, merged, atol=1e-2), "the adapter does something"
+
+
+def test_lora_beside_all_other_weights(trained: Trained, demo_models: Path) -> None:
+    run = trained(**ADAPTERS)
+    start = load_file(demo_models / "actor" / "model.safetensors")
+    assert all(not torch.equal(value, start[name]) for name, value in run.weights("actor").items())
+    assert {path.name for path in (run.directory / "checkpoints" / "final").iterdir()} == {
+        "actor",
+        "actor-adapter",
+        "critic",
+        "critic-adapter",
+    }
+
+
+def test_the_saved_models_load_anywhere(trained: Trained, demo_models: Path) -> None:
+    saved = trained().directory / "checkpoints" / "final"
+    script = """
+import sys
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+actor, critic = (f"{sys.argv[1]}/{name}" for name in ("actor", "critic"))
+tokenizer = AutoTokenizer.from_pretrained(actor)
+ids = tokenizer("Human: Can you help me sell a lamp?\\n\\nAssistant:", return_tensors="pt")
+model = AutoModelForCausalLM.from_pretrained(actor)
+print(repr(tokenizer.decode(model.generate(**ids, max_new_tokens=20, do_sample=False)[0])))
+_, report = AutoModelForSequenceClassification.from_pretrained(critic, output_loading_info=True)
+print(report["missing_keys"], report["unexpected_keys"])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(saved)], capture_output=True, text=True, check=True
+    )
+    answer, keys = done.stdout.splitlines()
+    assert "Human: Can you help me sell a lamp?" in answer
+    assert keys in ("[] []", "set() set()")
+    original = GenerationConfig.from_pretrained(demo_models / "actor").to_diff_dict()
+    assert GenerationConfig.from_pretrained(saved / "actor").to_diff_dict() == original
+    text = "Ask me any time."
+    tokenizers = [
+        AutoTokenizer.from_pretrained(path) for path in (saved / "actor", demo_models / "actor")
+    ]
+    assert tokenizers[0](text)["input_ids"] == tokenizers[1](text)["input_ids"]
+
+
+def test_the_saved_critic_is_one_that_a_run_can_start_from(trained: Trained) -> None:
+    folder = trained().directory / "checkpoints" / "final" / "critic"
+    ids = torch.arange(3, 30).reshape(1, -1)
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        ours = load_scorer(str(folder), "fp32", 0.0).eval()(ids, mask, 1)[0, -1]
+        theirs = AutoModelForSequenceClassification.from_pretrained(folder)(ids, mask).logits[0, 0]
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+
+
+def test_what_a_run_writes(trained: Trained) -> None:
+    run = trained(2, mbs=2, **zero(1))
+    assert [step["step"] for step in run.metrics] == [1, 2, 3]
+    for step in run.metrics:
+        assert step["total_steps"] == 3
+        assert step["attempt"] == 0
+        assert step["seconds"] > 0
+        assert step["samples_per_second"] == pytest.approx(8 / step["seconds"])
+        assert set(COMPARED) <= step.keys()
+    assert run.metrics[-1]["seconds_left"] == 0
+    samples = read_lines(run.directory / "samples.jsonl")
+    assert [sample["step"] for sample in samples] == [1, 2, 3]
+    assert all("Human:" in sample["prompt"] and sample["answer"] for sample in samples)
+    assert [path.name[:6] for path in (run.directory / "tensorboard").iterdir()] == ["events"]
+    assert not list(run.directory.glob("checkpoints/.*")), "nothing half-made"
+
+
+def test_the_log_of_a_run_is_plain_lines(trained: Trained) -> None:
+    first, second = trained(2, mbs=2, **zero(1)).output
+    assert "\r" not in first + second
+    steps = [line for line in first.splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in steps] == ["1/3", "2/3", "3/3"]
+    assert re.search(r"^mean reward -?\d.* over the first step, ", first, re.MULTILINE)
+    assert second == "", "rank 0 speaks for all"
+
+
+def test_a_second_attempt_adds_to_what_the_first_wrote(demo_models: Path, tmp_path: Path) -> None:
+    prepare(tmp_path, demo_models, run_steps=1, print_answers_interval=1)
+    first = train(tmp_path)
+    assert first.codes == [0], first.output
+    assert "prompt: " in first.output[0]
+    assert train(tmp_path, HLRLHF_ATTEMPT="1").codes == [0]
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        written = [(line["attempt"], line["step"]) for line in read_lines(tmp_path / name)]
+        assert written == [(0, 1), (1, 1)], name
+
+
+def test_a_warning_to_one_rank_stops_all_after_the_step_in_hand(
+    demo_models: Path, tmp_path: Path
+) -> None:
+    prepare(tmp_path, demo_models, devices_per_node=2, mbs=2, run_steps=32)
+    with running(tmp_path, ranks=2) as processes:
+        metrics = tmp_path / "metrics.jsonl"
+        wait_for(lambda: metrics.exists() and metrics.read_text(), processes)
+        os.kill(processes[1].pid, signal.SIGUSR1)
+        run = finish(tmp_path, processes)
+    assert run.codes == [75, 75], run.output
+    last = len(run.metrics)
+    assert 1 <= last < 32
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"step-{last}"]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoints" / f"step-{last}" / "actor")
+
+
+def wait_for(condition: Callable[[], Any], processes: list[Any]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert all(process.is_alive() for process in processes)
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def broken_critic(models: Path, folder: Path) -> dict[str, Any]:
+    weights = torch.load(models / "reward" / "pytorch_model.bin")
+    del weights["rwtransformer.norm.weight"]
+    folder.mkdir()
+    torch.save(weights | {"transformer.x": torch.zeros(1)}, folder / "pytorch_model.bin")
+    (folder / "config.json").write_text((models / "reward" / "config.json").read_text())
+    return {"critic__model_path": folder}
+
+
+def missing_data(models: Path, folder: Path) -> dict[str, Any]:
+    return {"dataset__path": [str(folder / "none.jsonl")]}
+
+
+def wrong_column(models: Path, folder: Path) -> dict[str, Any]:
+    return {"dataset__prompt_column": "question"}
+
+
+def more_ranks(models: Path, folder: Path) -> dict[str, Any]:
+    return {"devices_per_node": 2, "mbs": 2}
+
+
+def too_large_a_batch(models: Path, folder: Path) -> dict[str, Any]:
+    return {"gbs": 512}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            broken_critic,
+            r"broken: .*lacks model\.norm\.weight; it has transformer\.x, which the model has not",
+        ),
+        (missing_data, r"none\.jsonl: no data set can be read from it"),
+        (wrong_column, r"eval\.jsonl: has no column question; it has .*prompt"),
+        (more_ranks, r"WORLD_SIZE = 1, but .*num_nodes x devices_per_node = 2"),
+        (too_large_a_batch, r"256 prompts make no global batch of 512 \(HL_GBS\)"),
+    ],
+)
+def test_one_line_says_why_a_run_cannot_be(
+    changes: Callable[[Path, Path], dict[str, Any]], words: str, demo_models: Path, tmp_path: Path
+) -> None:
+    prepare(tmp_path, demo_models, **changes(demo_models, tmp_path / "broken"))
+    assert_one_error(train(tmp_path), words)
+
+
+def test_without_settings_there_is_no_run(tmp_path: Path) -> None:
+    assert_one_error(train(tmp_path), r"settings\.yaml")
+
+
+def test_a_taken_port_is_an_error_of_its_own(demo_models: Path, tmp_path: Path) -> None:
+    prepare(tmp_path, demo_models)
+    with socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True) as other:
+        run = train(tmp_path, port=other.getsockname()[1])
+    assert_one_error(run, r"port was taken .*EADDRINUSE.*HL_MASTER_PORT")
+
+
+def assert_one_error(run: Run, words: str) -> None:
+    assert run.codes == [1], run.output
+    (line,) = [line for line in run.output[0].splitlines() if "error" in line.lower()]
+    assert re.match(rf"error: .*{words}", line), line
+    assert "Traceback" not in run.output[0]
+
+
+def test_by_hand_under_torchrun_on_a_terminal_and_without_a_compiler(
+    demo_models: Path, tmp_path: Path
+) -> None:
+    prepare(tmp_path, demo_models, devices_per_node=2, mbs=2, run_steps=2, **zero(2))
+    home = tmp_path / "home"
+    home.mkdir()
+    terminal, side = pty.openpty()
+    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("4H", 24, 120, 0, 0))
+    with rendezvous_port(29500, keep=False, seed=os.getpid()) as port:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+        command += [f"--master-port={port}", "-m", "hlrlhf.trainer", str(tmp_path)]
+        environ = {
+            "PATH": "/nowhere",
+            "HOME": str(home),
+            "TORCH_EXTENSIONS_DIR": str(home / "extensions"),
+            "TRITON_CACHE_DIR": str(home / "triton"),
+            "TORCHINDUCTOR_CACHE_DIR": str(home / "inductor"),
+            "OMP_NUM_THREADS": "1",
+        }
+        process = subprocess.Popen(
+            command, env=environ, stdout=subprocess.PIPE, stderr=side, text=True
+        )
+        os.close(side)
+        shown = read_terminal(terminal)
+        printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, shown + printed
+    assert re.search(r"\r100%.*2/2 .*reward", shown), shown
+    assert "step 1/2" not in printed, "a bar or lines, not both"
+    assert "actor and critic are in" in printed
+    built = [path for path in home.rglob("*") if path.suffix in (".so", ".o", ".ninja", ".cpp")]
+    assert not built
+
+
+def read_terminal(terminal: int) -> str:
+    """All that is written there until the last writer has closed it."""
+    text = b""
+    while True:
+        try:
+            text += os.read(terminal, 4096)
+        except OSError:
+            os.close(terminal)
+            return text.decode()
