@@ -7,7 +7,6 @@ help, ``hlrlhf show``, the error texts and ``docs/settings.md`` are all made fro
 A field's ``unit`` stands in ``json_schema_extra``; a field without a default is mandatory.
 """
 
-from __future__ import annotations
 
 import re
 from dataclasses import dataclass
