@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import math
@@ -75,6 +76,20 @@ def test_a_run_that_cannot_be_made_leaves_nothing(
         runs.create(base, "run")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert runs.every() == []
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "run"])
+def test_a_run_that_is_half_made_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    # A long name fails before there is a directory, a full disk after.
+    monkeypatch.setattr(Path, "symlink_to", full)
+    with pytest.raises(RunError, match="too long|No space"):
+        runs.create(tmp_path / "new" / "runs", name)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_discarded_run_leaves_nothing(tmp_path: Path) -> None:

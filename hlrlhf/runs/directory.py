@@ -118,9 +118,7 @@ class Run:
         except (ValueError, TypeError, KeyError) as error:
             raise RunError(f"{self.job_file}: not a job's record") from error
         # Both go into commands, and the id into file names.
-        plain = re.fullmatch(r"[0-9]+", job.id) and re.fullmatch(
-            r"(None|[\w.-]+)", str(job.cluster)
-        )
+        plain = re.fullmatch(r"[0-9]+ (None|[\w.-]+)", f"{job.id} {job.cluster}", re.ASCII)
         if job.kind not in ("slurm", "local") or not plain:
             raise RunError(f"{self.job_file}: not a job's record")
         return job

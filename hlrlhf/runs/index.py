@@ -33,9 +33,10 @@ def create(base: Path, tag: str, environ: Mapping[str, str] = os.environ) -> Run
     """
     base = Path(os.path.abspath(base))  # noqa: PTH100 - resolve() would follow links
     index = _folder(environ)
-    made = tuple(itertools.takewhile(lambda folder: not folder.exists(), [base, *base.parents]))
+    made: tuple[Path, ...] = ()
     run: Run | None = None
     try:
+        made = tuple(itertools.takewhile(lambda folder: not folder.exists(), [base, *base.parents]))
         index.mkdir(parents=True, exist_ok=True)
         base.mkdir(parents=True, exist_ok=True)
         with _locked(index):
