@@ -16,8 +16,7 @@ help:
 	@echo 'make clean   remove .venv and what was built'
 
 demo: .venv/.train
-	@$(BIN)/python -m hlrlhf.trainer.demo demo/models
-	@PATH="$(CURDIR)/$(BIN):$$PATH" hlrlhf submit --preset demo --local
+	@$(BIN)/hlrlhf submit --preset demo --local
 
 test: .venv/.test
 	@tests/install-slurm.sh
