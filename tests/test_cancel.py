@@ -21,7 +21,7 @@ import fcntl, sys, time
 with open(sys.argv[1]) as file:
     fcntl.flock(file, fcntl.LOCK_EX)
     print("up", flush=True)
-    time.sleep(600)
+    time.sleep(60)
 """
 
 

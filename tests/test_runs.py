@@ -87,7 +87,7 @@ def test_a_run_that_is_half_made_is_removed(
 
     # A long name fails before there is a directory, a full disk after.
     monkeypatch.setattr(Path, "symlink_to", full)
-    with pytest.raises(RunError, match="too long|No space"):
+    with pytest.raises(RunError, match=r"too long|No space"):
         runs.create(tmp_path / "new" / "runs", name)
     assert list(tmp_path.iterdir()) == []
 
@@ -180,7 +180,7 @@ import fcntl, sys, time
 with open(sys.argv[1]) as file:
     fcntl.flock(file, fcntl.LOCK_EX)
     print("up", flush=True)
-    time.sleep(600)
+    time.sleep(60)
 """
 
 
@@ -188,7 +188,7 @@ def test_a_launcher_is_signalled_only_while_it_holds_the_run(tmp_path: Path) -> 
     run = runs.create(tmp_path, "run")
     assert not run.is_held()
     # A bystander that has the launcher's process id, as after the launcher's end.
-    with subprocess.Popen(["sleep", "600"]) as bystander:
+    with subprocess.Popen(["sleep", "60"]) as bystander:
         run.record(Job("local", str(bystander.pid), None, 0))
         assert not run.terminate()
         with run.job_file.open() as file:
