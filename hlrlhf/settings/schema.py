@@ -7,7 +7,6 @@ help, ``hlrlhf show``, the error texts and ``docs/settings.md`` are all made fro
 A field's ``unit`` stands in ``json_schema_extra``; a field without a default is mandatory.
 """
 
-
 import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
