@@ -140,7 +140,7 @@ def load_policy(path: str, dtype: str, dropout: float) -> Policy:
         lm, report = AutoModelForCausalLM.from_pretrained(
             path, config=_config(path, dropout), output_loading_info=True, **_dtype(dtype)
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise TrainerError(f"{path}: no causal language model can be loaded: {error}") from error
     _strict(path, report["missing_keys"], report["unexpected_keys"])
     return Policy(lm)
@@ -167,12 +167,15 @@ def load_scorer(path: str, dtype: str, dropout: float) -> Scorer:
     weights = read_weights(folder)
     if "v_head.weight" not in weights:
         return _load_classifier(path, dtype, dropout)
-    config = _config(path, dropout)
-    config.num_labels = 1
-    classifier = AutoModelForSequenceClassification.from_config(config, **_dtype(dtype))
-    prefix = classifier.base_model_prefix
-    renamed = {_from_step2(name, prefix): value for name, value in weights.items()}
-    missing, unexpected = classifier.load_state_dict(renamed, strict=False)
+    try:
+        config = _config(path, dropout)
+        config.num_labels = 1
+        classifier = AutoModelForSequenceClassification.from_config(config, **_dtype(dtype))
+        prefix = classifier.base_model_prefix
+        renamed = {_from_step2(name, prefix): value for name, value in weights.items()}
+        missing, unexpected = classifier.load_state_dict(renamed, strict=False)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise TrainerError(f"{path}: its step-2 weights cannot be loaded: {error}") from error
     _strict(path, missing, unexpected)
     return Scorer(classifier.to(DTYPES[dtype]))
 
@@ -186,7 +189,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
         if index.exists():
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            shards = _shards(index)
         elif (folder / name).exists():
             shards = [name]
         else:
@@ -268,7 +271,7 @@ def _load_classifier(path: str, dtype: str, dropout: float) -> Scorer:
         classifier, report = AutoModelForSequenceClassification.from_pretrained(
             path, config=config, output_loading_info=True, **_dtype(dtype)
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise TrainerError(f"{path}: no sequence classifier can be loaded: {error}") from error
     _strict(path, report["missing_keys"], report["unexpected_keys"])
     if not hasattr(classifier, "score"):
@@ -277,6 +280,13 @@ def _load_classifier(path: str, dtype: str, dropout: float) -> Scorer:
             "model is a causal model's backbone with one"
         )
     return Scorer(classifier)
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise TrainerError(f"{index}: is no index of weights: {error!r}") from error
 
 
 def _read_shard(path: Path) -> dict[str, Tensor]:
