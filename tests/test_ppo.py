@@ -263,6 +263,14 @@ def test_policy_loss_by_hand(
     assert new.grad.item() == pytest.approx(slope, abs=1e-6)
 
 
+def test_clipping_is_counted_in_answers_only() -> None:
+    new = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]])
+
+    _, count = ppo.policy_loss(new, torch.zeros(2, 3), torch.ones(2, 3), mask_of([2, 0], 3), 0.2)
+
+    assert int(count) == 2
+
+
 def test_a_ratio_beyond_all_bounds_stays_finite() -> None:
     new = torch.tensor([[0.0]], requires_grad=True)
 

@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     BloomConfig,
     GenerationConfig,
+    GPT2Config,
     LlamaConfig,
 )
 
@@ -26,6 +27,8 @@ from hlrlhf.trainer import demo, device
 
 # One architecture that rotates queries and keys by position, one that biases by distance (ALiBi).
 ARCHITECTURES = ("llama", "bloom")
+# And one with an embedding for each position, which shows a wrong one at once.
+WITH_POSITIONS = (*ARCHITECTURES, "gpt2")
 VOCABULARY, PAD, BOS, EOS = 48, 0, 1, 2
 TEXTS = ["Human: where is the blue boat?\n\nAssistant: In the harbour.", "user assistant system"]
 
@@ -45,6 +48,8 @@ def config(architecture: str, vocabulary: int = VOCABULARY, **options: Any) -> A
             attention_dropout=0.1,
             **common,
         )
+    if architecture == "gpt2":
+        return GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=32, **common)
     return BloomConfig(
         hidden_size=32, n_layer=2, n_head=4, hidden_dropout=0.1, attention_dropout=0.1, **common
     )
