@@ -30,7 +30,7 @@ if [[ "$(id -u)" == 0 ]] && command -v apt-get >/dev/null; then
     apt-get install -qq -y --no-install-recommends "${packages[@]}" >&2
 fi
 
-left="$(missing | xargs)"
+left="$(missing)"
 [[ -z "$left" ]] && exit 0
-echo "no $left here: the tests that need a Slurm cluster cannot run" >&2
+echo "no ${left//$'\n'/, } here: the tests that need a Slurm cluster cannot run" >&2
 [[ "${CI:-}" != true ]]
