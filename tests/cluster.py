@@ -164,6 +164,8 @@ class Cluster:
             "--no-defaults",
             "--user=root",
             f"--datadir={data}",
+            # In /tmp, two clusters that start at one time would take each other's tables.
+            f"--tmpdir={self.folder}",
             "--auth-root-authentication-method=normal",
             "--skip-test-db",
             "--skip-name-resolve",
@@ -173,6 +175,7 @@ class Cluster:
             "--no-defaults",
             "--user=root",
             f"--datadir={data}",
+            f"--tmpdir={self.folder}",
             f"--socket={self.folder}/mariadb.sock",
             f"--pid-file={self.folder}/mariadb.pid",
             "--skip-networking",
