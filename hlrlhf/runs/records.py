@@ -39,13 +39,13 @@ class Progress:
 def progress(run: Run) -> Progress | None:
     """The run's last step, or None before the first one.
 
-    The trainer may be writing at this moment: only whole lines count.
+    The trainer may be writing at this moment: a line that is not whole does not count.
     """
     try:
         with run.metrics.open("rb") as file:
             end = file.seek(0, os.SEEK_END)
             file.seek(max(0, end - _TAIL))
-            lines = file.read().split(b"\n")[:-1]
+            lines = file.read().split(b"\n")
     except OSError:
         return None
     for line in reversed(lines):
