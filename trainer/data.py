@@ -6,6 +6,7 @@ ever write one file, and every rank sees the same prompts in the same order.
 
 from __future__ import annotations
 
+import glob
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -154,8 +155,10 @@ def _open(path: str, split: str, cache: str) -> Any:
         if local.is_file():
             if local.suffix not in BUILDERS:
                 raise TrainerError(f"{path}: not one of {', '.join(BUILDERS)}")
+            # The library takes names of files for patterns.
+            name = glob.escape(path)
             builder = BUILDERS[local.suffix]
-            return load_dataset(builder, data_files=path, split="train", cache_dir=cache)
+            return load_dataset(builder, data_files=name, split="train", cache_dir=cache)
         if not any((local / name).exists() for name in ("state.json", "dataset_dict.json")):
             return load_dataset(path, split=split, cache_dir=cache)
         saved = load_from_disk(path)
