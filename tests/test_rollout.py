@@ -165,13 +165,17 @@ def stubborn(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 def sample(
-    policy: models.Policy, prompts: list[list[int]], *flags: str, seed: int = 0
+    policy: models.Policy,
+    prompts: list[list[int]],
+    *flags: str,
+    padding: int = PAD,
+    seed: int = 0,
 ) -> rollout.Rollout:
     settings = tiny.settings("generation.max_new_tokens=2", *flags)
     device = tiny.cpu(settings)
     torch.manual_seed(seed)
     return rollout.generate(
-        Whole(policy), prompts, rollout.sampling(settings, [EOS], PAD, device), device
+        Whole(policy), prompts, rollout.sampling(settings, [EOS], padding, device), device
     )
 
 
@@ -271,6 +275,17 @@ def test_dropout_is_off_while_the_policy_samples(stubborn: Path) -> None:
 
 
 # 3. Padding.
+
+
+def test_padding_that_is_a_token_like_any_other_does_not_show(stubborn: Path) -> None:
+    """Padded with the end token, and with that token in the prompt itself."""
+    policy = models.load_policy(str(stubborn), "fp32", 0.0)
+    prompt = [1, EOS, 30]
+
+    found = sample(policy, [prompt] * ROWS + [PROMPTS[0]], padding=EOS)
+
+    probabilities = plain_logits(stubborn, prompt).softmax(-1)
+    assert far_from(first_tokens(found)[:-1], probabilities) < 2
 
 
 def test_a_rollout_of_prompts_of_many_lengths(stubborn: Path) -> None:
