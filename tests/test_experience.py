@@ -1,0 +1,229 @@
+"""Experience: what four models say of a padded rollout, against plain models row by row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import tiny  # noqa: E402
+from tiny import EOS, PAD, one_rank  # noqa: E402, F401
+from transformers import (  # noqa: E402
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+)
+
+from hlrlhf.trainer import experience, models, rollout  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+PROMPTS = [[1, 5, 6, 7, 8, 9], [1, 30], [1, 11, 12], [1, 4]]
+# One ends at once, one never, one holds a padding token of the policy's own.
+ANSWERS = [[7, 8, EOS], [EOS], [13, PAD, 14, 15, EOS], [20, 21, 22, 23, 24]]
+TEMPERATURE = 0.7
+# fp32 sums in another order, on logits of about 10.
+TOLERANCE = 2e-4
+
+
+def rolled_out(prompts: list[list[int]], answers: list[list[int]]) -> rollout.Rollout:
+    ids, mask = tiny.padded(prompts)
+    width = max(len(answer) for answer in answers)
+    right = torch.tensor([answer + [PAD] * (width - len(answer)) for answer in answers])
+    return rollout.from_sequences(torch.cat([ids, right], 1), mask, tiny.generation())
+
+
+@dataclass
+class Case:
+    """Folders of three models, and what they say of the rollout together."""
+
+    actor: Path
+    critic: Path
+    reward: Path
+    settings: Any
+
+    def load(self) -> tuple[Any, Any, Any, Any]:
+        """The four models with dropout in those that train, as a run has them."""
+        actor = models.load_policy(str(self.actor), "fp32", 0.3)
+        # As after some updates: no longer the reference.
+        torch.manual_seed(8)
+        with torch.no_grad():
+            for parameter in actor.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.02)
+        critic = models.load_scorer(str(self.critic), "fp32", 0.3)
+        reference = models.load_policy(str(self.actor), "fp32", 0.0).eval()
+        reward = models.load_scorer(str(self.reward), "fp32", 0.0).eval()
+        actor.train()
+        critic.train()
+        return actor, critic, reference, reward
+
+
+@pytest.fixture(scope="module", params=tiny.WITH_POSITIONS)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    folder = tmp_path_factory.mktemp("models")
+    return Case(
+        actor=tiny.save_policy(folder / "actor", request.param),
+        critic=tiny.save_step2(folder / "critic", request.param, seed=5),
+        reward=tiny.save_classifier(folder / "reward", request.param, seed=6),
+        settings=tiny.settings(
+            f"generation.temperature={TEMPERATURE}", "mbs=2", "reward.clip=1000"
+        ),
+    )
+
+
+def score(case: Case, prompts: Any = PROMPTS, answers: Any = ANSWERS) -> experience.Experience:
+    return experience.score(
+        rolled_out(prompts, answers), *case.load(), case.settings, tiny.cpu(case.settings)
+    )
+
+
+def valid(rows: Any, found: experience.Experience) -> list[list[float]]:
+    return [row[mask].tolist() for row, mask in zip(rows, found.answer_mask, strict=True)]
+
+
+def near(found: list[list[float]], expected: list[list[float]]) -> bool:
+    return all(
+        row == pytest.approx(slow, abs=TOLERANCE) for row, slow in zip(found, expected, strict=True)
+    )
+
+
+@torch.no_grad()
+def slow_logprobs(lm: Any) -> list[list[float]]:
+    lm.eval()
+    rows = []
+    for prompt, answer in zip(PROMPTS, ANSWERS, strict=True):
+        logits = lm(torch.tensor([prompt + answer])).logits[0].double() / TEMPERATURE
+        logprobs = logits.log_softmax(-1)
+        rows.append([float(logprobs[len(prompt) + t - 1, token]) for t, token in enumerate(answer)])
+    return rows
+
+
+def test_log_probs_of_actor_and_reference(case: Case) -> None:
+    actor, *_ = case.load()
+
+    found = score(case)
+
+    assert near(valid(found.logprobs, found), slow_logprobs(actor.lm))
+    reference = AutoModelForCausalLM.from_pretrained(case.actor)
+    assert near(valid(found.reference, found), slow_logprobs(reference))
+    assert not found.logprobs.equal(found.reference)
+
+
+def test_scores_are_the_classifiers_own_at_the_end_of_each_answer(case: Case) -> None:
+    plain = AutoModelForSequenceClassification.from_pretrained(case.reward).eval()
+    # Rows come one by one: without a padding token it reads each one's last token.
+    plain.config.pad_token_id = None
+
+    found = score(case)
+
+    with torch.no_grad():
+        expected = [
+            float(plain(torch.tensor([prompt + answer])).logits)
+            for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)
+        ]
+    assert found.scores.tolist() == pytest.approx(expected, abs=TOLERANCE)
+
+
+def test_values_are_the_critics_before_each_token(case: Case) -> None:
+    plain = models.load_scorer(str(case.critic), "fp32", 0.0).eval().classifier
+    plain.config.pad_token_id = None
+
+    found = score(case)
+
+    expected = []
+    with torch.no_grad():
+        for prompt, answer in zip(PROMPTS, ANSWERS, strict=True):
+            # The classifier's own score of everything before the token.
+            prefixes = [prompt + answer[:t] for t in range(len(answer))]
+            expected.append([float(plain(torch.tensor([some])).logits) for some in prefixes])
+    assert near(valid(found.values, found), expected)
+
+
+def test_a_row_does_not_depend_on_its_neighbours(case: Case) -> None:
+    together = score(case)
+
+    for i in range(len(PROMPTS)):
+        alone = score(case, PROMPTS[i : i + 1], ANSWERS[i : i + 1])
+        for name in ("logprobs", "reference", "values", "returns"):
+            row = getattr(together, name)[i][together.answer_mask[i]]
+            assert row.tolist() == pytest.approx(
+                getattr(alone, name)[0].tolist(), abs=5 * TOLERANCE
+            )
+        assert float(together.scores[i]) == pytest.approx(float(alone.scores[0]), abs=TOLERANCE)
+
+
+def test_answers_of_one_token_stay_and_padding_holds_nothing(case: Case) -> None:
+    found = score(case)
+
+    assert found.answer_mask.sum(-1).tolist() == [len(answer) for answer in ANSWERS]
+    assert (found.advantages[~found.answer_mask] == 0).all()
+    assert (found.returns[~found.answer_mask] == 0).all()
+    for rows in (found.logprobs, found.values, found.advantages, found.returns):
+        assert torch.isfinite(rows).all()
+    assert float(found.advantages[found.answer_mask].mean()) == pytest.approx(0, abs=1e-5)
+    deviation = found.advantages[found.answer_mask].std(correction=0)
+    assert float(deviation) == pytest.approx(1, rel=1e-4)
+
+
+# Without models.
+
+
+def assembled(
+    answers: list[list[int]], scores: list[float], *flags: str, values: float = 0.0
+) -> experience.Experience:
+    made = rolled_out([[1, 5]] * len(answers), answers)
+    shape = made.answer_mask.shape
+    return experience.assemble(
+        made,
+        torch.full(shape, -1.0),
+        torch.full(shape, -1.5),
+        torch.full(shape, values),
+        torch.tensor(scores),
+        tiny.settings(*flags),
+    )
+
+
+def test_the_end_token_carries_the_score() -> None:
+    flags = ("ppo.gae_lambda=0", "ppo.gamma=0", "ppo.kl_coefficient=0.2", "reward.clip=5")
+
+    # With lambda and gamma 0 and no value, returns are the rewards of single tokens.
+    found = assembled([[7, 8, EOS], [EOS], [7, 8, 9]], [3.0, -9.0, 2.0], *flags)
+
+    torch.testing.assert_close(
+        found.returns,
+        torch.tensor([[-0.1, -0.1, 2.9], [-5.1, 0.0, 0.0], [-0.1, -0.1, 1.9]]),
+    )
+    assert found.scores.tolist() == [3.0, -9.0, 2.0]
+
+
+def test_whitening_is_over_all_tokens_of_the_batch_and_returns_come_before_it() -> None:
+    found = assembled([[7, EOS], [EOS]], [1.0, 4.0], "ppo.kl_coefficient=0", values=0.5)
+
+    # lambda 0.95, gamma 1: A = [[0.95 * 0.5, 0.5], [3.5]].
+    raw = torch.tensor([0.475, 0.5, 3.5])
+    torch.testing.assert_close(found.returns, torch.tensor([[0.975, 1.0], [4.0, 0.0]]))
+    expected = (raw - raw.mean()) / (raw.var(correction=0) + 1e-8).sqrt()
+    torch.testing.assert_close(found.advantages[found.answer_mask], expected)
+
+
+def test_a_small_spread_of_large_advantages_is_not_lost() -> None:
+    flags = ("ppo.kl_coefficient=0", "ppo.gae_lambda=0", "reward.clip=5000")
+
+    found = assembled([[EOS]] * 4, [4000.0, 4000.5, 4001.0, 4001.5], *flags)
+
+    assert float(found.advantages.std(correction=0)) == pytest.approx(1, rel=1e-3)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 9])
+def test_micro_batches_are_the_rows_in_order(size: int) -> None:
+    found = assembled([[7, EOS], [EOS], [8, 9], [4, 4], [EOS]], [1.0, 2.0, 3.0, 4.0, 5.0])
+
+    parts = list(found.micro_batches(size))
+
+    assert [len(part.scores) for part in parts[:-1]] == [size] * (len(parts) - 1)
+    for name in ("sequences", "attention_mask", "answer_mask", "advantages", "returns", "scores"):
+        assert torch.cat([getattr(part, name) for part in parts]).equal(getattr(found, name))
+    assert {part.answer_width for part in parts} == {2}
