@@ -14,12 +14,8 @@ import traceback
 import warnings
 from pathlib import Path
 
-import datasets
-import transformers
-
 from hlrlhf.settings import SettingsError
 from hlrlhf.settings.layers import load
-from hlrlhf.trainer import device as devices
 from hlrlhf.trainer.errors import TrainerError
 
 # Known to batch systems as "temporary failure, try again" (EX_TEMPFAIL of sysexits.h).
@@ -54,6 +50,9 @@ def main(arguments: list[str]) -> int:
             f"WORLD_SIZE = {world_size}, but the run has num_nodes x devices_per_node = "
             f"{settings.world_size} ranks"
         )
+    # Here rather than above: imports take seconds, in which a warning must find its handler.
+    from hlrlhf.trainer import device as devices
+
     device = devices.select(settings, local_rank)
     _quieten()
     # DeepSpeed looks for its accelerator when it is imported: only now does the device stand.
@@ -66,6 +65,9 @@ def main(arguments: list[str]) -> int:
 
 def _quieten() -> None:
     """Keep the libraries' bars and their warnings to each other out of the log."""
+    import datasets
+    import transformers
+
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     # They call each other by names that are about to change.
