@@ -39,7 +39,11 @@ class Device:
 
     @contextlib.contextmanager
     def generating(self, model: Any) -> Iterator[dict[str, Any]]:
-        """Prepare `model` for generation; yields further arguments for its ``generate``."""
+        """Prepare `model` for generation; yields further arguments for its ``generate``.
+
+        Args:
+            model: the module whose forward ``generate`` calls, so not peft's wrapper around it.
+        """
         yield {}
 
     def adamw(self, groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
@@ -97,14 +101,12 @@ class Hpu(Device):
     """Intel Gaudi, with HCCL between the ranks.
 
     In lazy mode work is collected until ``mark_step`` and generation runs as HPU graphs; in eager
-    mode each operation runs at once. The mode is an environment variable that the bridge reads
-    when it is imported, so it has to be right before.
+    mode each operation runs at once.
     """
 
     backend = "hccl"
     # Each new shape compiles a recipe: a few widths, one cache shape.
     pad_to = 128
-    static_cache = True
 
     def __init__(self, settings: Settings, local_rank: int):
         if importlib.util.find_spec("habana_frameworks") is None:
@@ -112,20 +114,25 @@ class Hpu(Device):
                 "device = hpu, but this Python has no habana_frameworks; use the Python of Intel's "
                 "Gaudi image or installer, or set HL_DEVICE"
             )
-        mode = "1" if settings.hpu.lazy_mode else "0"
-        if os.environ.setdefault("PT_HPU_LAZY_MODE", mode) != mode:
-            raise TrainerError(
-                f"hpu.lazy_mode = {settings.hpu.lazy_mode}, but PT_HPU_LAZY_MODE="
-                f"{os.environ['PT_HPU_LAZY_MODE']} in the environment; set HL_HPU_LAZY_MODE instead"
-            )
-        os.environ.setdefault("DS_ACCELERATOR", "hpu")
         self._lazy = settings.hpu.lazy_mode
-        self._graphs = self._lazy and settings.enable_hpu_graphs
+        # Read once, when the bridge is loaded; which torch may have done when it was imported.
+        os.environ.setdefault("PT_HPU_LAZY_MODE", str(int(self._lazy)))
         self._core = importlib.import_module("habana_frameworks.torch.core")
         self._hpu = importlib.import_module("habana_frameworks.torch.hpu")
         importlib.import_module("habana_frameworks.torch.distributed.hccl")
+        internal = importlib.import_module("habana_frameworks.torch.utils.internal")
+        if internal.is_lazy() != self._lazy:
+            raise TrainerError(
+                f"hpu.lazy_mode = {self._lazy}, but the Gaudi bridge was loaded in "
+                f"{'lazy' if internal.is_lazy() else 'eager'} mode; start the ranks with "
+                f"PT_HPU_LAZY_MODE={int(self._lazy)}, or change HL_HPU_LAZY_MODE"
+            )
+        if not self._hpu.is_available():
+            raise TrainerError("device = hpu, but the Gaudi bridge sees no device on this node")
+        self._graphs = self._lazy and settings.enable_hpu_graphs
         self._optimum = _adapt_transformers()
-        self._graph_forwards: dict[int, Any] = {}
+        # Optimum's generate keeps shapes static in a way of its own.
+        self.static_cache = not self._optimum
         # The module id of a rank is its LOCAL_RANK, and torch's index is always 0 in a process.
         self.torch = torch.device("hpu")
 
@@ -146,16 +153,14 @@ class Hpu(Device):
         if not self._graphs:
             yield arguments
             return
-        # Training must not run through the recorded graph: the graph's forward is kept aside and
-        # stands in for the module's own only while it generates.
+        # A graph replays on the addresses of weights and cache that it was recorded with: it serves
+        # one rollout, leaves its memory to the training, and training never runs through it.
         plain = model.forward
-        if id(model) not in self._graph_forwards:
-            self._hpu.wrap_in_hpu_graph(model)
-            self._graph_forwards[id(model)] = model.forward
-        model.forward = self._graph_forwards[id(model)]
+        self._hpu.wrap_in_hpu_graph(model)
         try:
             yield arguments
         finally:
+            model.clear_cache()
             model.forward = plain
 
     def adamw(self, groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:

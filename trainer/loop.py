@@ -131,6 +131,7 @@ def update(
             )
             actor.backward(policy_loss * share, scale_wrt_gas=False)
             actor.step()
+            device.step_done()
             values = critic(*inputs)[:, :-1]
             value_loss = ppo.value_loss(
                 values,

@@ -55,6 +55,8 @@ def sampling(
     A checkpoint's generation_config.json may ask for greedy decoding, a low temperature or a
     repetition penalty; PPO needs samples of the policy itself.
     """
+    # Left alone, transformers compiles the model on some devices when the cache is static.
+    static = {"cache_implementation": "static", "disable_compile": True}
     return GenerationConfig(
         do_sample=True,
         temperature=settings.generation.temperature,
@@ -64,7 +66,7 @@ def sampling(
         eos_token_id=end_tokens,
         pad_token_id=padding,
         use_cache=True,
-        **({"cache_implementation": "static"} if device.static_cache else {}),
+        **(static if device.static_cache else {}),
     )
 
 
@@ -84,8 +86,9 @@ def generate(
     policy = actor.module.eval()
     # generate() fills what a call leaves unset from the configuration of the model itself, which
     # peft's wrapper hides.
-    models.unwrapped(policy.lm).generation_config = config
-    with gathered(actor), device.generating(policy.lm) as extra:
+    plain = models.unwrapped(policy.lm)
+    plain.generation_config = config
+    with gathered(actor), device.generating(plain) as extra:
         sequences = policy.generate(
             input_ids=ids.to(device.torch),
             attention_mask=mask.to(device.torch),
