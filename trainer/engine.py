@@ -48,9 +48,14 @@ def check_hybrid_engine(settings: Settings) -> None:
     """
     if not settings.hybrid_engine:
         return
-    from deepspeed.ops.op_builder import InferenceBuilder
+    from deepspeed.ops.op_builder.builder import MissingCUDAException
+    from deepspeed.ops.op_builder.transformer_inference import InferenceBuilder
 
-    if not InferenceBuilder().is_compatible(verbose=False):
+    try:
+        compatible = InferenceBuilder().is_compatible(verbose=False)
+    except MissingCUDAException:
+        compatible = False
+    if not compatible:
         raise TrainerError(
             "hybrid_engine = true, but DeepSpeed cannot build its inference kernels here (no CUDA "
             "compiler, or this GPU is not supported); set HL_HYBRID_ENGINE=0"
