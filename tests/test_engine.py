@@ -1,0 +1,237 @@
+"""The engine: parameter groups, the schedule, and one rank's updates against plain torch."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import tiny  # noqa: E402
+from tiny import one_rank  # noqa: E402, F401
+from torch import nn  # noqa: E402
+from torch.utils import cpp_extension  # noqa: E402
+
+from hlrlhf.trainer import engine, lora, models  # noqa: E402
+from hlrlhf.trainer.errors import TrainerError  # noqa: E402
+
+ROWS = [[1, 5, 6, 7], [1, 30, 31]]
+
+
+def policy(folder: Path, architecture: str = "llama") -> models.Policy:
+    return models.load_policy(str(tiny.save_policy(folder, architecture)), "fp32", 0.0)
+
+
+def scorer(folder: Path, architecture: str = "llama") -> models.Scorer:
+    return models.load_scorer(str(tiny.save_classifier(folder, architecture)), "fp32", 0.0)
+
+
+# 1. Parameter groups.
+
+
+def names_by_group(model: nn.Module, groups: list[dict[str, Any]]) -> dict[str, set[str]]:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {group["name"]: {names[id(p)] for p in group["params"]} for group in groups}
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+@pytest.mark.parametrize("load", [policy, scorer])
+def test_groups_without_adapters(tmp_path: Path, architecture: str, load: Any) -> None:
+    model = load(tmp_path, architecture)
+
+    groups = engine.parameter_groups(model, 1e-3, 5e-3, 0.1)
+
+    assert [(g["name"], g["lr"], g["weight_decay"]) for g in groups] == [
+        ("decay", 1e-3, 0.1),
+        ("no_decay", 1e-3, 0.0),
+    ]
+    found = names_by_group(model, groups)
+    everything = {name for name, _ in model.named_parameters()}
+    assert found["decay"] | found["no_decay"] == everything
+    # Biases and norms, and nothing else.
+    assert found["no_decay"] == {
+        name for name in everything if name.endswith(".bias") or "norm" in name or "ln_f" in name
+    }
+
+
+@pytest.mark.parametrize("only", [False, True])
+def test_groups_with_adapters(tmp_path: Path, only: bool) -> None:
+    model = scorer(tmp_path, "bloom")
+    flag = f"only_optimize_lora={str(only).lower()}"
+    lora.add_adapters(model, tiny.settings("lora.dim=2", flag))
+
+    groups = engine.parameter_groups(model, 1e-3, 5e-3, 0.1)
+
+    options = {group["name"]: (group["lr"], group["weight_decay"]) for group in groups}
+    found = names_by_group(model, groups)
+    assert found["lora"] == {name for name, _ in model.named_parameters() if ".lora_" in name}
+    assert options["lora"] == (5e-3, 0.1)
+    if only:
+        assert set(found) == {"decay", "lora"}
+        (head,) = found["decay"]
+        assert head.endswith("score.weight")
+    else:
+        assert set(found) == {"decay", "lora", "no_decay"}
+    count = sum(len(names) for names in found.values())
+    assert count == sum(parameter.requires_grad for parameter in model.parameters())
+
+
+# 2. The schedule.
+
+
+def test_the_schedule_by_hand() -> None:
+    factor = engine.learning_rate_factor("cosine", 4, 12)
+    assert [factor(step) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert factor(8) == pytest.approx(0.5)
+    assert factor(6) == pytest.approx(0.5 * (1 + math.sqrt(0.5)))
+    assert factor(12) == pytest.approx(0.0)
+
+    factor = engine.learning_rate_factor("linear", 0, 4)
+    assert [factor(step) for step in range(6)] == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
+
+    factor = engine.learning_rate_factor("constant", 2, 4)
+    assert [factor(step) for step in range(6)] == [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize(("warmup", "updates"), [(0, 1), (3, 3), (10, 4), (5, 50)])
+def test_the_schedule_rises_then_falls(kind: str, warmup: int, updates: int) -> None:
+    factor = engine.learning_rate_factor(kind, warmup, updates)
+    rates = [factor(step) for step in range(updates)]
+
+    assert all(0 < rate <= 1 for rate in rates)
+    rise, fall = rates[:warmup], rates[warmup:]
+    assert rise == sorted(set(rise))
+    assert fall == sorted(fall, reverse=True)
+
+
+# 3. One rank.
+
+
+def loss_of(model: Any, rows: list[list[int]]) -> Any:
+    ids, mask = tiny.padded(rows, width=4)
+    out = (
+        model(ids, mask, 2, 1.0)
+        if isinstance(getattr(model, "module", model), models.Policy)
+        else model(ids, mask, 2)
+    )
+    return out.square().sum()
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_updates_are_those_of_plain_adamw(tmp_path: Path, zero_stage: int) -> None:
+    """Two steps with warm-up, clipping and decay, each accumulated over two micro batches."""
+    settings = tiny.settings(
+        "mbs=1",
+        "gbs=2",
+        f"actor.zero_stage={zero_stage}",
+        "actor.learning_rate=0.01",
+        "actor.weight_decay=0.1",
+        "num_warmup_steps=2",
+        "optimizer.gradient_clipping=0.5",
+        "optimizer.epsilon=1e-4",
+    )
+    model = policy(tmp_path)
+    plain = copy.deepcopy(model)
+    matrices = [p for p in plain.parameters() if p.ndim > 1]
+    vectors = [p for p in plain.parameters() if p.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        lr=0.01,
+        betas=(0.9, 0.95),
+        eps=1e-4,
+    )
+
+    trained = engine.trained(model, settings.actor, settings, tiny.cpu(settings), 10)
+    for step in range(2):
+        for row in ROWS:
+            trained.backward(loss_of(trained, [row]), scale_wrt_gas=False)
+            trained.step()
+        optimizer.zero_grad()
+        loss_of(plain, ROWS).backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 * (step + 1) / 2
+        optimizer.step()
+
+    expected = plain.state_dict()
+    found = engine.whole_weights(trained)
+    assert set(found) == set(expected)
+    start = models.load_policy(str(tmp_path), "fp32", 0.0).state_dict()
+    for name, value in found.items():
+        assert not value.equal(start[name])
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_actor_and_critic_have_settings_of_their_own(tmp_path: Path) -> None:
+    settings = tiny.settings(
+        "actor.learning_rate=0.01",
+        "critic.learning_rate=0.02",
+        "critic.weight_decay=0.3",
+        "lora.dim=2",
+        "lora.actor_lr=0.03",
+        "lora.critic_lr=0.04",
+        "num_warmup_steps=0",
+        "optimizer.lr_scheduler=constant",
+    )
+    for load, own, rate, adapter_rate, decay in (
+        (policy, settings.actor, 0.01, 0.03, 0.0),
+        (scorer, settings.critic, 0.02, 0.04, 0.3),
+    ):
+        model = load(tmp_path / type(own).__name__)
+        lora.add_adapters(model, settings)
+
+        trained = engine.trained(model, own, settings, tiny.cpu(settings), 10)
+
+        groups = {group["name"]: group for group in trained.optimizer.param_groups}
+        assert {name: group["lr"] for name, group in groups.items()} == {
+            "decay": rate,
+            "lora": adapter_rate,
+            "no_decay": rate,
+        }
+        assert groups["decay"]["weight_decay"] == decay
+        assert trained.get_lr()[0] == rate
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("zero_stage", [0, 3])
+def test_a_frozen_model_only_scores(tmp_path: Path, zero_stage: int) -> None:
+    settings = tiny.settings()
+    model = scorer(tmp_path)
+    with torch.no_grad():
+        expected = loss_of(copy.deepcopy(model).eval(), ROWS)
+    model.train()
+
+    frozen = engine.frozen(model, zero_stage, settings, tiny.cpu(settings))
+
+    found = loss_of(frozen, ROWS)
+    assert not found.requires_grad
+    assert not model.training
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_sums_and_votes_of_one_rank() -> None:
+    device = tiny.cpu(tiny.settings())
+
+    assert engine.summed(torch.tensor([1.5, 2.0])).tolist() == [1.5, 2.0]
+    assert engine.agreed(True, device)
+    assert not engine.agreed(False, device)
+
+
+def test_the_hybrid_engine_is_refused_where_its_kernels_cannot_be_built(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # As on a node that has a GPU and torch's own CUDA libraries, but no compiler for more.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
+
+    with pytest.raises(TrainerError, match="HL_HYBRID_ENGINE=0"):
+        engine.check_hybrid_engine(tiny.settings("device=cuda", "hybrid_engine=true"))
+    engine.check_hybrid_engine(tiny.settings())
