@@ -1,0 +1,1 @@
+"""A stand-in for Optimum for Intel Gaudi, where its entry point is called and what it patches."""

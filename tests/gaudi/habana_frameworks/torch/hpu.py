@@ -1,0 +1,93 @@
+"""habana_frameworks.torch.hpu"""
+
+import contextlib
+import os
+from functools import wraps
+from typing import Any
+
+from torch import nn
+
+from habana_frameworks import record
+from habana_frameworks.torch import LAZY
+
+Event = object
+Stream = contextlib.nullcontext
+stream = contextlib.nullcontext
+
+
+def is_available() -> bool:
+    """Whether a device is there."""
+    return os.environ.get("STAND_IN_DEVICES") != "0"
+
+
+def device_count() -> int:
+    """Devices of this node."""
+    return 8
+
+
+def current_device() -> int:
+    """The index is that within the process."""
+    return 0
+
+
+def set_device(_index: Any) -> None:
+    """There is one."""
+
+
+def synchronize() -> None:
+    """Wait for the device."""
+    record("synchronize")
+
+
+def current_stream() -> Any:
+    """The only stream."""
+    return Stream()
+
+
+default_stream = current_stream
+
+
+def memory_allocated() -> int:
+    """Bytes."""
+    return 1 << 30
+
+
+def max_memory_allocated() -> int:
+    """Bytes."""
+    return 3 << 30
+
+
+def memory_stats(_index: Any = None) -> dict[str, int]:
+    """Bytes."""
+    return {"Limit": 96 << 30}
+
+
+def memory_reserved(_index: Any = None) -> int:
+    """Bytes."""
+    return 1 << 30
+
+
+max_memory_reserved = memory_reserved
+memory_cached = memory_reserved
+max_memory_cached = memory_reserved
+
+
+def reset_peak_memory_stats(_index: Any = None) -> None:
+    """Nothing is counted."""
+
+
+def wrap_in_hpu_graph(module: nn.Module) -> nn.Module:
+    """Replace the module's forward, as the real one does; it refuses what a graph cannot hold."""
+    assert LAZY, "HPU graphs need lazy mode"
+    record(f"wrap_in_hpu_graph {type(module).__name__}")
+    plain = module.forward
+
+    @wraps(plain)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        assert not module.training, "training runs through a graph for inference"
+        record("graph forward")
+        return plain(*args, **kwargs)
+
+    module.forward = forward  # type: ignore[method-assign]
+    module.clear_cache = lambda: record("clear_cache")  # type: ignore[assignment]
+    return module
