@@ -393,6 +393,9 @@ def test_padding_on_the_left_does_not_show(tmp_path: Path, architecture: str) ->
 
     with torch.no_grad():
         together, values = policy(ids, mask, 2, 1.0), scorer(ids, mask, 2)
+        # A policy scores answer tokens; a scorer the token before them too.
+        assert together.shape == (3, 2)
+        assert values.shape == (3, 3)
         for i, row in enumerate(ROWS):
             alone = torch.tensor([row])
             logprobs = plain(alone).logits[0].log_softmax(-1)
