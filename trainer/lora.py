@@ -9,6 +9,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from hlrlhf.settings import Settings
+from hlrlhf.trainer.errors import TrainerError
 from hlrlhf.trainer.models import Policy, Scorer
 
 
@@ -16,6 +17,9 @@ def add_adapters(model: Policy | Scorer, settings: Settings) -> None:
     """Put adapters on `model`, in place, and say what trains.
 
     With ``only_optimize_lora`` the adapters and a scorer's head train; otherwise everything does.
+
+    Raises:
+        TrainerError: the model has no layer that could take one.
     """
     inner = model.lm if isinstance(model, Policy) else model.classifier
     head = inner.get_output_embeddings() if isinstance(model, Policy) else inner.score
@@ -24,6 +28,11 @@ def add_adapters(model: Policy | Scorer, settings: Settings) -> None:
         for name, module in inner.named_modules()
         if isinstance(module, nn.Linear) and module is not head
     ]
+    if not targets:
+        raise TrainerError(
+            f"lora.dim = {settings.lora.dim}, but {type(inner).__name__} has no linear layers for "
+            "adapters; set HL_LORA_DIM=0"
+        )
     config = LoraConfig(
         r=settings.lora.dim, lora_alpha=settings.lora.alpha, target_modules=targets, lora_dropout=0
     )
