@@ -14,6 +14,7 @@ import tiny  # noqa: E402
 from torch import nn  # noqa: E402
 
 from hlrlhf.trainer import lora, models  # noqa: E402
+from hlrlhf.trainer.errors import TrainerError  # noqa: E402
 
 ROWS = [[1, 5, 6, 7, 8, 9], [1, 30, 2]]
 
@@ -70,6 +71,8 @@ def test_every_linear_layer_of_the_backbone_has_an_adapter_and_the_head_has_none
     }
     assert set(down) == linear - heads
     assert {parameter.shape[0] for parameter in down.values()} == {3}
+    layer = inner(model).get_submodule(f"base_model.model.{min(down)}")
+    assert layer.scaling == {"default": 6 / 3}
 
 
 @architectures
@@ -156,3 +159,10 @@ def test_adapters_of_the_actor_do_not_touch_the_reference(tmp_path: Path) -> Non
     assert outputs(reference).equal(before)
     assert not any(".lora_" in name for name, _ in reference.named_parameters())
     assert not outputs(actor).equal(before)
+
+
+def test_a_model_without_linear_layers_is_refused(tmp_path: Path) -> None:
+    model = load(tmp_path, "gpt2", "policy")
+
+    with pytest.raises(TrainerError, match="GPT2LMHeadModel has no linear layers.*HL_LORA_DIM=0"):
+        lora.add_adapters(model, tiny.settings("lora.dim=3"))
