@@ -227,4 +227,4 @@ def _to_all_ranks(ids: list[list[int]], device: torch.device) -> list[list[int]]
         flat.copy_(torch.tensor([token for prompt in ids for token in prompt]))
     dist.broadcast(lengths, src=0)
     dist.broadcast(flat, src=0)
-    return [part.tolist() for part in flat.cpu().split(lengths.tolist())]
+    return [part.tolist() for part in torch.split(flat.cpu(), lengths.tolist())]

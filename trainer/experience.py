@@ -76,9 +76,9 @@ def score(
     critic.eval()
     logprobs, reference_logprobs, values, scores = [], [], [], []
     for sequences, mask, answer_mask in zip(
-        rollout.sequences.split(settings.mbs),
-        rollout.attention_mask.split(settings.mbs),
-        rollout.answer_mask.split(settings.mbs),
+        torch.split(rollout.sequences, settings.mbs),
+        torch.split(rollout.attention_mask, settings.mbs),
+        torch.split(rollout.answer_mask, settings.mbs),
         strict=True,
     ):
         logprobs.append(actor(sequences, mask, width, temperature))
