@@ -164,5 +164,5 @@ def test_adapters_of_the_actor_do_not_touch_the_reference(tmp_path: Path) -> Non
 def test_a_model_without_linear_layers_is_refused(tmp_path: Path) -> None:
     model = load(tmp_path, "gpt2", "policy")
 
-    with pytest.raises(TrainerError, match="GPT2LMHeadModel has no linear layers.*HL_LORA_DIM=0"):
+    with pytest.raises(TrainerError, match=r"GPT2LMHeadModel has no linear layers.*HL_LORA_DIM=0"):
         lora.add_adapters(model, tiny.settings("lora.dim=3"))

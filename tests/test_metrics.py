@@ -93,6 +93,8 @@ def test_a_second_attempt_adds_to_the_files(
     for name in ("metrics.jsonl", "samples.jsonl"):
         found = [(line["attempt"], line["step"]) for line in lines(tmp_path / name)]
         assert found == [(0, 1), (0, 2), (1, 1)]
+    # Whoever reads the file sees letters, not escapes.
+    assert "ü" in (tmp_path / "samples.jsonl").read_text(encoding="utf-8")
     assert lines(tmp_path / "samples.jsonl")[2] == {
         "step": 1,
         "attempt": 1,
