@@ -57,3 +57,6 @@ def _save(
         text = model.generation_config.to_json_string()
         (folder / role / "generation_config.json").write_text(text, encoding="utf-8")
     tokenizer.save_pretrained(folder / role)
+    # safetensors writes files that their owner alone can read, whatever the umask says.
+    for file in folder.rglob("*.safetensors"):
+        shutil.copymode(folder / role / "config.json", file)
