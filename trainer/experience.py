@@ -24,7 +24,7 @@ class Experience:
         sequences, attention_mask: [b, l + r].
         answer_mask: [b, r].
         logprobs, values: [b, r], of the policy and critic that sampled.
-        reference: [b, r], the reference's log-probs.
+        reference: [b, r], the reference's log-probs; both log-probs are 0 in padding.
         scores: [b], the reward model's, not clipped.
         advantages, returns: [b, r]; advantages are whitened over the global batch.
     """
@@ -114,6 +114,9 @@ def assemble(
         settings: the PPO settings are read.
     """
     mask = rollout.answer_mask
+    # Padding may have the probability 0, and minus infinity times 0 is no number.
+    logprobs = torch.where(mask, logprobs, 0)
+    reference = torch.where(mask, reference, 0)
     kl = ppo.kl_estimate(logprobs, reference)
     rewards = ppo.token_rewards(scores, kl, mask, settings.ppo.kl_coefficient, settings.reward.clip)
     advantages, returns = ppo.advantages_and_returns(

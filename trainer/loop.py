@@ -193,7 +193,7 @@ def _totals(
     mask = rollout.answer_mask
     rows = torch.tensor(len(mask), device=mask.device)
     tokens = mask.sum()
-    kl = ppo.kl_estimate(experience.logprobs, experience.reference) * mask
+    kl = ppo.kl_estimate(experience.logprobs, experience.reference)
     return {
         "reward": (experience.scores.sum(), rows),
         # Of whole answers: the sum over tokens.
@@ -201,7 +201,7 @@ def _totals(
         "length": (tokens, rows),
         "ended": (rollout.ended.sum(), rows),
         # The sampled estimate, in nats per token.
-        "entropy": (-(experience.logprobs * mask).sum(), tokens),
+        "entropy": (-experience.logprobs.sum(), tokens),
         "value": ((experience.values * mask).sum(), tokens),
         "return": (experience.returns.sum(), tokens),
     }

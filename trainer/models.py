@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -162,7 +163,7 @@ def load_scorer(path: str, dtype: str, dropout: float) -> Scorer:
             are not exactly those that the model needs.
     """
     folder = Path(path)
-    if not folder.is_dir():
+    if not folder.is_dir() or _says_classifier(folder):
         return _load_classifier(path, dtype, dropout)
     weights = read_weights(folder)
     if "v_head.weight" not in weights:
@@ -238,9 +239,8 @@ def unwrapped(model: Any) -> Any:
 
 
 def _positions(model: Any, attention_mask: Tensor) -> dict[str, Tensor]:
-    """Position ids for models that take them: left padding must not count (BLOOM's ALiBi reads
-    the mask instead)."""
-    if unwrapped(model).config.model_type == "bloom":
+    """Position ids for models that take them, left padding not counted; ALiBi reads the mask."""
+    if "position_ids" not in inspect.signature(unwrapped(model).forward).parameters:
         return {}
     counted = attention_mask.long()
     return {"position_ids": counted.cumsum(-1) - counted}
@@ -260,8 +260,16 @@ def _config(path: str, dropout: float) -> Any:
     return config
 
 
+def _says_classifier(folder: Path) -> bool:
+    """Whether the configuration names a classifier, which spares reading the weights to see."""
+    try:
+        names = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+    return "ForSequenceClassification" in str(names)
+
+
 def _load_classifier(path: str, dtype: str, dropout: float) -> Scorer:
-    config = None
     try:
         config = _config(path, dropout)
         if config.num_labels != 1:
