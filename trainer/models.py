@@ -6,10 +6,12 @@ import inspect
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
@@ -23,6 +25,9 @@ from hlrlhf.trainer import ppo
 from hlrlhf.trainer.errors import TrainerError
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+# What transformers lets through of its own and its readers' errors about a checkpoint.
+UNREADABLE = (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError)
 
 # The names that model configurations give to their dropout rates.
 DROPOUT_FIELDS = (
@@ -141,7 +146,7 @@ def load_policy(path: str, dtype: str, dropout: float) -> Policy:
         lm, report = AutoModelForCausalLM.from_pretrained(
             path, config=_config(path, dropout), output_loading_info=True, **_dtype(dtype)
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except UNREADABLE as error:
         raise TrainerError(f"{path}: no causal language model can be loaded: {error}") from error
     _strict(path, report["missing_keys"], report["unexpected_keys"])
     return Policy(lm)
@@ -175,7 +180,7 @@ def load_scorer(path: str, dtype: str, dropout: float) -> Scorer:
         prefix = classifier.base_model_prefix
         renamed = {_from_step2(name, prefix): value for name, value in weights.items()}
         missing, unexpected = classifier.load_state_dict(renamed, strict=False)
-    except (OSError, ValueError, RuntimeError) as error:
+    except UNREADABLE as error:
         raise TrainerError(f"{path}: its step-2 weights cannot be loaded: {error}") from error
     _strict(path, missing, unexpected)
     return Scorer(classifier.to(DTYPES[dtype]))
@@ -279,7 +284,7 @@ def _load_classifier(path: str, dtype: str, dropout: float) -> Scorer:
         classifier, report = AutoModelForSequenceClassification.from_pretrained(
             path, config=config, output_loading_info=True, **_dtype(dtype)
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except UNREADABLE as error:
         raise TrainerError(f"{path}: no sequence classifier can be loaded: {error}") from error
     _strict(path, report["missing_keys"], report["unexpected_keys"])
     if not hasattr(classifier, "score"):
