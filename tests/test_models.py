@@ -277,7 +277,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     source = folder / "model.safetensors"
     source.write_bytes(source.read_bytes()[:1000])
 
-    with pytest.raises(TrainerError, match=r"model\.safetensors: cannot be read"):
+    with pytest.raises(TrainerError, match=f"{folder}: .* header"):
         models.load_scorer(str(folder), "fp32", 0.0)
 
 
