@@ -57,8 +57,18 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def prepare(directory: Path, models: Path, **changes: Any) -> None:
     """A run directory of a small run on the demo's models; a setting is named ``actor__dropout``.
 
-    Answers are the likeliest ones, so that they do not depend on the number of ranks.
+    Answers are the likeliest ones, so that they do not depend on the number of ranks. They
+    differ in length, since most prompts hold the first words of one: otherwise a mean over the
+    wrong tokens would go unseen.
     """
+    directory.mkdir(parents=True, exist_ok=True)
+    prompts = directory / "prompts.jsonl"
+    rows = read_lines(models / "prompts" / "eval.jsonl")
+    begun = [
+        row["prompt"] + " ".join(row["chosen"].split(" ")[: 3 * (i % 5)])
+        for i, row in enumerate(rows)
+    ]
+    prompts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in begun))
     values = {
         "tag": "test",
         "base_out_path": directory,
@@ -74,7 +84,7 @@ def prepare(directory: Path, models: Path, **changes: Any) -> None:
         "actor__weight_decay": 0.1,
         "critic__model_path": models / "reward",
         "critic__learning_rate": 1e-3,
-        "dataset__path": [str(models / "prompts" / "eval.jsonl")],
+        "dataset__path": [str(prompts)],
         "generation__max_new_tokens": 16,
         "generation__top_k": 1,
     } | changes
@@ -82,7 +92,6 @@ def prepare(directory: Path, models: Path, **changes: Any) -> None:
         f"{name.replace('__', '.')}={json.dumps(value) if isinstance(value, list) else value}"
         for name, value in values.items()
     ]
-    directory.mkdir(parents=True, exist_ok=True)
     text = layers.dump(layers.resolve(environ={}, flags=flags))
     (directory / "settings.yaml").write_text(text, encoding="utf-8")
 

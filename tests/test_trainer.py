@@ -35,9 +35,9 @@ from transformers import (  # noqa: E402
 from hlrlhf.ports import rendezvous_port  # noqa: E402
 from hlrlhf.trainer.models import load_scorer  # noqa: E402
 
-# Largest difference seen between the runs that must agree, of each weight matrix relative to its
-# norm: 6.4e-7 after three steps in fp32. Leaving out one rank's gradients makes it 1e-3.
-SAME_WEIGHTS = 1e-5
+# Of each weight tensor, relative to its norm. Largest difference seen between the runs that must
+# agree, after three steps in fp32: 6.3e-6. Losses normalised per rank instead of globally: 4.9e-3.
+SAME_WEIGHTS = 5e-5
 COMPARED = ("reward", "kl", "length", "entropy", "value", "return", "critic_loss")
 ADAPTERS: dict[str, Any] = {"lora__dim": 4, "lora__actor_lr": 1e-2, "lora__critic_lr": 1e-2}
 
@@ -102,9 +102,12 @@ def test_both_formats_of_critic_and_reward_are_one_model(
 
 
 def test_actor_and_critic_learn(trained: Trained, demo_models: Path) -> None:
+    idle = trained(actor__learning_rate=1e-12, critic__learning_rate=1e-12)
     first, *_, last = trained().metrics
-    assert last["reward"] > first["reward"] + 1
-    assert last["kl"] > first["kl"]
+    assert first["reward"] == pytest.approx(idle.metrics[0]["reward"])
+    assert last["reward"] > idle.metrics[-1]["reward"] + 0.5, "on the same prompts"
+    assert first["kl"] == pytest.approx(0, abs=1e-4)
+    assert last["kl"] > 0.01
     for role, folder in (("actor", "actor"), ("critic", "reward-hf")):
         start = load_file(demo_models / folder / "model.safetensors")
         moved = [
@@ -312,7 +315,7 @@ def too_large_a_batch(models: Path, folder: Path) -> dict[str, Any]:
             r"broken: .*lacks model\.norm\.weight; it has transformer\.x, which the model has not",
         ),
         (missing_data, r"none\.jsonl: no data set can be read from it"),
-        (wrong_column, r"eval\.jsonl: has no column question; it has .*prompt"),
+        (wrong_column, r"prompts\.jsonl: has no column question; it has .*prompt"),
         (more_ranks, r"WORLD_SIZE = 1, but .*num_nodes x devices_per_node = 2"),
         (too_large_a_batch, r"256 prompts make no global batch of 512 \(HL_GBS\)"),
     ],
