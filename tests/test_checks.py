@@ -64,7 +64,6 @@ def test_origins_are_told_for_a_preset() -> None:
         (["slurm.mem=0", "slurm.mem_per_gpu=1G"], "Slurm takes one of the three"),
         (["slurm.gres_type=HL-225", "slurm.gres_name="], "a type needs a gres name"),
         (["slurm.gres_type=HL-225", "device=cpu"], "a type needs a gres name"),
-        (["slurm.mail_type=END"], "mail needs somebody to go to"),
         (["hpz.enabled_actor=1"], "hpZ needs ZeRO stage 3"),
         (["hpz.enabled_critic=1", "actor.zero_stage=3"], "hpZ needs ZeRO stage 3"),
         (["container.image=x.sif"], "has no effect without a container"),
@@ -102,8 +101,15 @@ def test_what_goes_together(flags: list[str]) -> None:
     assert problems(*flags) == []
 
 
+def test_what_the_hybrid_engine_goes_without() -> None:
+    cuda = ("hybrid_engine=1", "device=cuda")
+    assert problems(*cuda) == []
+    assert "needs the actor's ZeRO < 3" in problems(*cuda, "actor.zero_stage=3")[0]
+    assert "goes without LoRA" in problems(*cuda, "lora.dim=4")[0]
+
+
 def test_several_contradictions_at_once() -> None:
-    assert len(problems("gbs=33", "hybrid_engine=1", "slurm.mail_type=END")) == 3
+    assert len(problems("gbs=33", "hybrid_engine=1", "hpz.enabled_actor=1")) == 3
 
 
 def test_a_setting_in_doubt_contradicts_nothing() -> None:

@@ -75,8 +75,14 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def score(case: Case, prompts: Any = PROMPTS, answers: Any = ANSWERS) -> experience.Experience:
+    actor, critic, *frozen = case.load()
     return experience.score(
-        rolled_out(prompts, answers), *case.load(), case.settings, tiny.cpu(case.settings)
+        rolled_out(prompts, answers),
+        tiny.Engine(actor),
+        tiny.Engine(critic),
+        *frozen,
+        case.settings,
+        tiny.cpu(case.settings),
     )
 
 

@@ -138,7 +138,8 @@ environment: {{python: {sys.executable}}}
     final = run.directory / "checkpoints" / "final"
     before = load_file(real_models / "actor" / "model.safetensors")
     after = load_file(final / "actor" / "model.safetensors")
-    assert before.keys() == after.keys()
+    # Embedding and head are one weight in this model, and stay so.
+    assert not before.keys() ^ after.keys()
     assert any(not torch.equal(before[name], after[name]) for name in before)
     assert answer(final / "actor", "\n\nHuman: What is the capital of France?\n\nAssistant:")
     # Loads strictly, or not at all.

@@ -133,16 +133,6 @@ def test_any_answers(
 # 2. Sampling.
 
 
-class Whole:
-    """What `generate` needs of an engine whose weights are not partitioned."""
-
-    def __init__(self, module: models.Policy):
-        self.module = module
-
-    def zero_optimization_stage(self) -> int:
-        return 0
-
-
 @pytest.fixture(scope="module", params=tiny.ARCHITECTURES)
 def stubborn(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint whose generation_config.json asks for everything that PPO must not do."""
@@ -175,7 +165,7 @@ def sample(
     device = tiny.cpu(settings)
     torch.manual_seed(seed)
     return rollout.generate(
-        Whole(policy), prompts, rollout.sampling(settings, [EOS], padding, device), device
+        tiny.Engine(policy), prompts, rollout.sampling(settings, [EOS], padding, device), device
     )
 
 

@@ -158,3 +158,22 @@ def padded(rows: list[list[int]], width: int | None = None) -> tuple[Any, Any]:
 def generation(**options: Any) -> Any:
     """A generation configuration with the tiny models' special tokens."""
     return GenerationConfig(**{"pad_token_id": PAD, "eos_token_id": [EOS]} | options)
+
+
+class Engine:
+    """What rollouts and scoring need of a DeepSpeed engine whose weights are not partitioned."""
+
+    def __init__(self, module: Any):
+        self.module = module
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self.module(*inputs)
+
+    def eval(self) -> None:
+        self.module.eval()
+
+    def train(self) -> None:
+        self.module.train()
+
+    def zero_optimization_stage(self) -> int:
+        return 0

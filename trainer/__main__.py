@@ -2,17 +2,21 @@
 
 RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT say which one, as torchrun sets them.
 Exits with 0 when the run is complete, with 75 when it stopped after a warning (SIGUSR1) with its
-models saved, and with 1 when it failed.
+models saved, and with 1 when it failed. Where HLRLHF_EXIT_FILE names a file, the first rank with
+such a code leaves it there, and a stop exits with 0: a launcher that ends all ranks when one exits
+with another code would end those that are still about to leave.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import traceback
 import warnings
 from pathlib import Path
+from typing import NoReturn
 
 from hlrlhf.settings import SettingsError
 from hlrlhf.settings.layers import load
@@ -36,7 +40,7 @@ def main(arguments: list[str]) -> int:
         raise TrainerError("usage: python -m hlrlhf.trainer RUN_DIRECTORY")
     received: list[int] = []
     signal.signal(signal.SIGUSR1, lambda number, _: received.append(number))
-    run = Path(arguments[0])
+    run = Path(arguments[0]).absolute()
     settings = load(run / "settings.yaml")
     try:
         local_rank, world_size = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
@@ -74,17 +78,25 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
-if __name__ == "__main__":
-    try:
-        code = main(sys.argv[1:])
-    except (TrainerError, SettingsError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        code = 1
-    except Exception:
-        traceback.print_exc()
-        code = 1
+def _leave(code: int) -> NoReturn:
+    file = os.environ.get("HLRLHF_EXIT_FILE")
+    if file and code:
+        with contextlib.suppress(OSError), Path(file).open("x", encoding="ascii") as first:
+            first.write(f"{code}\n")
     sys.stdout.flush()
     sys.stderr.flush()
     # Not sys.exit: with peers that wait in a collective, the communication library's own clean-up
     # can keep a failed rank alive, and the job with it.
-    os._exit(code)
+    os._exit(0 if file and code == STOPPED_EARLY else code)
+
+
+if __name__ == "__main__":
+    try:
+        outcome = main(sys.argv[1:])
+    except (TrainerError, SettingsError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        outcome = 1
+    except Exception:
+        traceback.print_exc()
+        outcome = 1
+    _leave(outcome)

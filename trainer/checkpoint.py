@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch import Tensor
 
 from hlrlhf.trainer import lora
@@ -43,13 +44,21 @@ def save_models(folder: Path, actor: Any, critic: Any, tokenizer: Any) -> None:
 def _save(
     folder: Path, role: str, model: Policy | Scorer, weights: dict[str, Tensor], tokenizer: Any
 ) -> None:
-    inner: Any = model.lm if isinstance(model, Policy) else model.classifier
+    inner = model.inner
     prefix = "lm." if isinstance(model, Policy) else "classifier."
     weights = {name.removeprefix(prefix): value for name, value in weights.items()}
     plain = unwrapped(inner)
     if plain is not inner:
-        inner.save_pretrained(folder / f"{role}-adapter", state_dict=weights)
+        adapter = folder / f"{role}-adapter"
+        if isinstance(model, Policy):
+            # What peft's own loader of causal models asks for.
+            inner.peft_config["default"].task_type = "CAUSAL_LM"
+        inner.save_pretrained(adapter, state_dict=weights)
         weights = lora.merged(inner, weights)
+        if isinstance(model, Scorer):
+            # The head trains beside the adapter, which does not hold it.
+            head = {"score.weight": weights["score.weight"]}
+            save_file(head, adapter / "score.safetensors")
     plain.save_pretrained(folder / role, state_dict=weights)
     if isinstance(model, Policy):
         # As text, not through its own save: what a checkpoint came with need not pass the checks

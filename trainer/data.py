@@ -92,7 +92,7 @@ def read(path: str, settings: Settings, tokenizer: Any) -> list[list[int]]:
     with tempfile.TemporaryDirectory() as cache:
         rows = _open(path, settings.dataset.split, cache)
         column = _column(path, rows, settings.dataset.prompt_column)
-        ids = [_tokenize(_prompt(path, column, value), tokenizer) for value in rows[column]]
+        ids = _tokenize([_prompt(path, column, value) for value in rows[column]], tokenizer)
     limit = settings.dataset.max_prompt_tokens
     kept = [prompt for prompt in ids if 0 < len(prompt) <= limit]
     print(
@@ -200,18 +200,25 @@ def _prompt(path: str, column: str, value: Any) -> str | list[dict[str, str]]:
     raise TrainerError(f"{path}: column {column} holds neither text nor chat messages: {value!r}")
 
 
-def _tokenize(prompt: str | list[dict[str, str]], tokenizer: Any) -> list[int]:
-    if isinstance(prompt, str):
-        ids: list[int] = tokenizer(prompt)["input_ids"]
+def _tokenize(prompts: Sequence[str | list[dict[str, str]]], tokenizer: Any) -> list[list[int]]:
+    """All prompts of a data set in one call: tokenizers work on many texts side by side."""
+    if not prompts:
+        return []
+    if isinstance(prompts[0], str):
+        end = tokenizer.eos_token_id
+        texts: list[list[int]] = tokenizer(list(prompts))["input_ids"]
         # Some tokenizers end every text; an answer cannot follow an end.
-        return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+        return [ids[:-1] if ids and ids[-1] == end else ids for ids in texts]
     if tokenizer.chat_template is None:
         raise TrainerError(
             "the data holds chat messages, but the actor's tokenizer has no chat template"
         )
-    text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    chats = [
+        tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        for chat in prompts
+    ]
     # The template has written the special tokens already.
-    encoded: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    encoded: list[list[int]] = tokenizer(chats, add_special_tokens=False)["input_ids"]
     return encoded
 
 

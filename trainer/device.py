@@ -194,6 +194,12 @@ def _adapt_transformers() -> bool:
     if found:
         utilities = importlib.import_module("optimum.habana.transformers.modeling_utils")
         utilities.adapt_transformers_to_gaudi()
+        # Its BLOOM takes the ranks for one tensor-parallel model; ours hold a whole one each.
+        with contextlib.suppress(ImportError, AttributeError):
+            bloom = importlib.import_module(
+                "optimum.habana.transformers.models.bloom.modeling_bloom"
+            )
+            bloom.GaudiBloomForCausalLM.set_tp_for_inference(1)
     return found
 
 

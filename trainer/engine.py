@@ -105,9 +105,10 @@ def trained(
             "max_out_tokens": settings.dataset.max_prompt_tokens
             + settings.generation.max_new_tokens,
         }
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, lr_scheduler=schedule, config=config
-    )
+    with _exact_buffers(model):
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, lr_scheduler=schedule, config=config
+        )
     return engine
 
 
@@ -127,7 +128,8 @@ def frozen(model: Policy | Scorer, zero_stage: int, settings: Settings, device: 
         "train_micro_batch_size_per_gpu": settings.mbs,
         "train_batch_size": settings.mbs * settings.world_size,
     }
-    engine, *_ = deepspeed.initialize(model=model, config=config)
+    with _exact_buffers(model):
+        engine, *_ = deepspeed.initialize(model=model, config=config)
     engine.eval()
     return engine
 
@@ -178,13 +180,16 @@ def whole_weights(engine: Any) -> dict[str, Tensor]:
     """A model's weights by name, whole, on the CPU of rank 0; all ranks have to call it.
 
     Returns:
-        Empty on the other ranks. Tied weights appear under each of their names.
+        Empty on the other ranks. Names of tied weights share one tensor.
     """
     weights = {}
+    copies: dict[int, Tensor] = {}
     for name, value in engine.module.state_dict(keep_vars=True).items():
         with deepspeed.zero.GatheredParameters([value], enabled=hasattr(value, "ds_id")):
             if dist.get_rank() == 0:
-                weights[name] = value.detach().cpu().clone()
+                if id(value) not in copies:
+                    copies[id(value)] = value.detach().cpu().clone()
+                weights[name] = copies[id(value)]
     return weights
 
 
@@ -214,6 +219,23 @@ def gathered(engine: Any) -> Iterator[None]:
             # The method's name changed between the releases that Gaudi and PyPI have.
             register = getattr(offload, "_register_deepspeed_module", None)
             (register or offload._register_hooks_recursively)(offload.module)
+
+
+@contextlib.contextmanager
+def _exact_buffers(model: nn.Module) -> Iterator[None]:
+    """Keep buffers in their own precision.
+
+    DeepSpeed before 0.19.3 casts them with the weights, and rotary frequencies in bf16 are those of
+    other positions.
+    """
+    kept = [
+        (module, name, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    yield
+    for module, name, buffer in kept:
+        setattr(module, name, buffer.to(getattr(module, name).device))
 
 
 def summed(values: Tensor) -> Tensor:

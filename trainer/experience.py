@@ -72,8 +72,8 @@ def score(
     """
     width = rollout.answer_width
     temperature = settings.generation.temperature
-    actor.eval()
-    critic.eval()
+    actor.module.eval()
+    critic.module.eval()
     logprobs, reference_logprobs, values, scores = [], [], [], []
     for sequences, mask, answer_mask in zip(
         torch.split(rollout.sequences, settings.mbs),

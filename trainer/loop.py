@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from hlrlhf.settings import Settings
+from hlrlhf.settings.schema import Actor, Critic
 from hlrlhf.trainer import checkpoint, data, engine, lora, models, ppo
 from hlrlhf.trainer import experience as experiences
 from hlrlhf.trainer import rollout as rollouts
@@ -26,7 +27,7 @@ def train(settings: Settings, run: Path, device: Device, warned: Callable[[], bo
 
     Args:
         settings: of the run.
-        run: its directory.
+        run: its directory, absolute.
         device: this rank's.
         warned: whether this rank has been asked to stop early.
 
@@ -50,29 +51,32 @@ def train(settings: Settings, run: Path, device: Device, warned: Callable[[], bo
         )
 
     torch.manual_seed(settings.seed)
-    policy, reference_policy, value_model, reward_model = _load(settings, tokenizer)
-    end_tokens = models.end_tokens(policy, tokenizer)
+    updates = total_steps * settings.ppo.epochs
+    actor, critic, reference, reward = _load(settings, tokenizer, device, updates)
+    end_tokens = models.end_tokens(actor.module, tokenizer)
     padding = end_tokens[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     sampling = rollouts.sampling(settings, end_tokens, padding, device)
-    updates = total_steps * settings.ppo.epochs
-    actor = engine.trained(policy, settings.actor, settings, device, updates)
-    critic = engine.trained(value_model, settings.critic, settings, device, updates)
-    reference = engine.frozen(reference_policy, settings.actor.zero_stage, settings, device)
-    reward = engine.frozen(reward_model, settings.critic.zero_stage, settings, device)
     # From here on the ranks must differ: the same seed would sample the same answers.
     torch.manual_seed(settings.seed + rank)
 
-    saved_models = Path(settings.checkpoint_path or run / "checkpoints")
+    # Folders outside the run directory may be shared by runs, whose names differ.
+    saved_models = run / "checkpoints"
+    if settings.checkpoint_path:
+        saved_models = Path(settings.checkpoint_path, run.name)
     recorder = None
     if rank == 0:
-        board = Path(settings.tensorboard_path or run / "tensorboard")
+        board = run / "tensorboard"
+        if settings.tensorboard_path:
+            board = Path(settings.tensorboard_path, run.name)
         recorder = Recorder(run, board, total_steps)
         print(f"{total_steps} steps of {settings.gbs} prompts on {settings.world_size} ranks")
 
     rows = settings.per_device_batch_size
     complete = True
+    began = time.perf_counter()
     for step in range(total_steps):
         clock = Clock(device)
+        rates = _learning_rates(actor, critic)
         batch = prompts.batch(step, settings.gbs)[rank * rows : (rank + 1) * rows]
         rollout = rollouts.generate(actor, [prompts.ids[i] for i in batch], sampling, device)
         clock.lap("generate_seconds")
@@ -82,8 +86,10 @@ def train(settings: Settings, run: Path, device: Device, warned: Callable[[], bo
         clock.lap("update_seconds")
 
         values = means(_totals(rollout, experience) | losses)
-        values |= _rates(actor, critic) | clock.laps
-        values["seconds"] = sum(clock.laps.values())
+        values |= rates | _gradient_norms(actor, critic) | clock.laps
+        # From one record to the next: nothing that a step costs is left out.
+        values["seconds"] = time.perf_counter() - began
+        began = time.perf_counter()
         values["samples_per_second"] = settings.gbs / values["seconds"]
         values["peak_memory_bytes"] = device.peak_memory()
         if recorder is not None:
@@ -119,32 +125,40 @@ def update(
     share = settings.world_size / engine.summed(tokens.clone())
     sums = torch.zeros(3, device=device.torch)
     for _ in range(settings.ppo.epochs):
+        # One model after the other, so that the gradients of one at a time take up memory.
         for micro in experience.micro_batches(settings.mbs):
-            inputs = (micro.sequences, micro.attention_mask, micro.answer_width)
-            logprobs = actor(*inputs, settings.generation.temperature)
-            policy_loss, clipped = ppo.policy_loss(
+            logprobs = actor(
+                micro.sequences,
+                micro.attention_mask,
+                micro.answer_width,
+                settings.generation.temperature,
+            )
+            loss, clipped = ppo.policy_loss(
                 logprobs,
                 micro.logprobs,
                 micro.advantages,
                 micro.answer_mask,
                 settings.ppo.clip_range,
             )
-            actor.backward(policy_loss * share, scale_wrt_gas=False)
+            actor.backward(loss * share, scale_wrt_gas=False)
             actor.step()
             device.step_done()
-            values = critic(*inputs)[:, :-1]
-            value_loss = ppo.value_loss(
+            sums[0] += loss.detach()
+            sums[1] += clipped
+        for micro in experience.micro_batches(settings.mbs):
+            values = critic(micro.sequences, micro.attention_mask, micro.answer_width)[:, :-1]
+            loss = ppo.value_loss(
                 values,
                 micro.values,
                 micro.returns,
                 micro.answer_mask,
                 settings.ppo.value_clip_range,
             )
-            critic.backward(value_loss * share, scale_wrt_gas=False)
+            critic.backward(loss * share, scale_wrt_gas=False)
             critic.step()
             device.step_done()
-            sums += torch.stack([policy_loss.detach(), value_loss.detach(), clipped.float()])
-    names = ("actor_loss", "critic_loss", "clip_fraction")
+            sums[2] += loss.detach()
+    names = ("actor_loss", "clip_fraction", "critic_loss")
     return {name: (sums[i], tokens * settings.ppo.epochs) for i, name in enumerate(names)}
 
 
@@ -165,25 +179,35 @@ class Clock:
 
 
 def _load(
-    settings: Settings, tokenizer: Any
-) -> tuple[models.Policy, models.Policy, models.Scorer, models.Scorer]:
-    """Actor, reference, critic and reward model, as they start."""
-    actor, critic = settings.actor, settings.critic
+    settings: Settings, tokenizer: Any, device: Device, updates: int
+) -> tuple[Any, Any, Any, Any]:
+    """Actor, critic, reference and reward model, as they start, each in its engine.
+
+    Each is on the device before the next is read: the ranks of a node share its memory.
+    """
     dtype = settings.dtype
-    policy = models.load_policy(actor.model_path, dtype, actor.dropout)
-    reference = models.load_policy(actor.model_path, dtype, 0.0)
-    value_model = models.load_scorer(critic.model_path, dtype, critic.dropout)
-    reward = models.load_scorer(settings.reward.model_path or critic.model_path, dtype, 0.0)
-    models.check_vocabulary(
-        tokenizer, {"actor": policy, "critic": value_model, "reward model": reward}
-    )
-    for inner, own in ((policy.lm, actor), (value_model.classifier, critic)):
+
+    def checked(role: str, model: Any) -> Any:
+        models.check_vocabulary(tokenizer, {role: model})
+        return model
+
+    def trainable(role: str, own: Actor | Critic) -> Any:
+        load = models.load_policy if isinstance(own, Actor) else models.load_scorer
+        model = checked(role, load(own.model_path, dtype, own.dropout))
         if own.cp_act:
-            inner.gradient_checkpointing_enable({"use_reentrant": False})
-    if settings.lora.dim:
-        lora.add_adapters(policy, settings)
-        lora.add_adapters(value_model, settings)
-    return policy, reference, value_model, reward
+            model.inner.gradient_checkpointing_enable({"use_reentrant": False})
+        if settings.lora.dim:
+            lora.add_adapters(model, settings)
+        return engine.trained(model, own, settings, device, updates)
+
+    actor = trainable("actor", settings.actor)
+    critic = trainable("critic", settings.critic)
+    policy = checked("reference", models.load_policy(settings.actor.model_path, dtype, 0.0))
+    reference = engine.frozen(policy, settings.actor.zero_stage, settings, device)
+    reward_path = settings.reward.model_path or settings.critic.model_path
+    scorer = checked("reward model", models.load_scorer(reward_path, dtype, 0.0))
+    reward = engine.frozen(scorer, settings.critic.zero_stage, settings, device)
+    return actor, critic, reference, reward
 
 
 def _totals(
@@ -207,24 +231,34 @@ def _totals(
     }
 
 
-def _rates(actor: Any, critic: Any) -> dict[str, float]:
-    """Learning rates of the last update, and gradient norms where DeepSpeed keeps them.
+def _learning_rates(actor: Any, critic: Any) -> dict[str, float]:
+    """Learning rates of the coming update, those of adapters apart."""
+    rates = {}
+    for role, trained in (("actor", actor), ("critic", critic)):
+        for group in trained.optimizer.param_groups:
+            kind = "lora_learning_rate" if group["name"] == "lora" else "learning_rate"
+            rates[f"{role}_{kind}"] = group["lr"]
+    return rates
+
+
+def _gradient_norms(actor: Any, critic: Any) -> dict[str, float]:
+    """Gradient norms of the last update, where DeepSpeed keeps them.
 
     It does not in fp32 without ZeRO.
     """
-    values = {}
-    for name, trained in (("actor", actor), ("critic", critic)):
-        values[f"{name}_learning_rate"] = trained.get_lr()[0]
+    norms = {}
+    for role, trained in (("actor", actor), ("critic", critic)):
         if (norm := trained.get_global_grad_norm()) is not None:
-            values[f"{name}_gradient_norm"] = float(norm)
-    return values
+            norms[f"{role}_gradient_norm"] = float(norm)
+    return norms
 
 
 def _samples(rollout: Rollout, experience: Experience, tokenizer: Any) -> list[dict[str, Any]]:
     """The first row of this rank's rollout."""
-    width = rollout.sequences.shape[1] - rollout.answer_width
-    prompt = rollout.sequences[0, :width][rollout.attention_mask[0, :width].bool()]
-    answer = rollout.sequences[0, width:][rollout.answer_mask[0]]
+    # Picked out on the CPU: elsewhere, each length would be a shape to compile.
+    tokens, mask = rollout.sequences[0].cpu(), rollout.attention_mask[0].bool().cpu()
+    width = len(tokens) - rollout.answer_width
+    prompt, answer = tokens[:width][mask[:width]], tokens[width:][mask[width:]]
     return [
         {
             "prompt": tokenizer.decode(prompt),

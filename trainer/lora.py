@@ -21,7 +21,7 @@ def add_adapters(model: Policy | Scorer, settings: Settings) -> None:
     Raises:
         TrainerError: the model has no layer that could take one.
     """
-    inner = model.lm if isinstance(model, Policy) else model.classifier
+    inner = model.inner
     head = inner.get_output_embeddings() if isinstance(model, Policy) else inner.score
     targets = [
         name

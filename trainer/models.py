@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from pickle import UnpicklingError
@@ -38,6 +39,10 @@ DROPOUT_FIELDS = (
     "attn_pdrop",
     "embd_pdrop",
     "resid_pdrop",
+    "embed_dropout",
+    "resid_dropout",
+    "emb_pdrop",
+    "ffn_dropout",
 )
 
 # Buffers that older checkpoints carry and that a model computes for itself.
@@ -57,6 +62,11 @@ class Policy(nn.Module):
         self.lm = lm
         self.generation_config = lm.generation_config
 
+    @property
+    def inner(self) -> Any:
+        """The Hugging Face model, in peft's wrapper when it has adapters."""
+        return self.lm
+
     def forward(
         self, sequences: Tensor, attention_mask: Tensor, answer_width: int, temperature: float
     ) -> Tensor:
@@ -71,16 +81,24 @@ class Policy(nn.Module):
         Returns:
             [b, r], fp32.
         """
-        output = self.lm(
-            input_ids=sequences,
-            attention_mask=attention_mask,
-            use_cache=False,
-            # The head is not run on prompt tokens: on BLOOM 1.1B it is a third of a forward.
-            logits_to_keep=answer_width + 1,
+        inputs = {
+            "input_ids": sequences,
+            "attention_mask": attention_mask,
+            "use_cache": False,
             **_positions(self.lm, attention_mask),
-        )
+        }
+        # The head is not run on prompt tokens: on BLOOM 1.1B it is a third of a forward.
+        kept = answer_width + 1
+        plain = unwrapped(self.lm)
+        if "logits_to_keep" in inspect.signature(plain.forward).parameters:
+            logits = self.lm(**inputs, logits_to_keep=kept).logits
+        elif plain.config.model_type == "bloom":  # Gaudi's transformers has no such argument there
+            hidden = plain.transformer(**inputs).last_hidden_state
+            logits = plain.lm_head(hidden[:, -kept:])
+        else:
+            logits = self.lm(**inputs).logits[:, -kept:]
         answers = sequences[:, -answer_width:]
-        return ppo.token_logprobs(output.logits[:, :-1], answers, temperature)
+        return ppo.token_logprobs(logits[:, :-1], answers, temperature)
 
     def generate(self, **arguments: Any) -> Tensor:
         """The language model's own ``generate``."""
@@ -94,6 +112,11 @@ class Scorer(nn.Module):
     def __init__(self, classifier: Any):
         super().__init__()
         self.classifier = classifier
+
+    @property
+    def inner(self) -> Any:
+        """The Hugging Face model, in peft's wrapper when it has adapters."""
+        return self.classifier
 
     def forward(self, sequences: Tensor, attention_mask: Tensor, answer_width: int) -> Tensor:
         """Scalars at the last `answer_width` + 1 columns, the one before the answer included.
@@ -183,7 +206,7 @@ def load_scorer(path: str, dtype: str, dropout: float) -> Scorer:
     except UNREADABLE as error:
         raise TrainerError(f"{path}: its step-2 weights cannot be loaded: {error}") from error
     _strict(path, missing, unexpected)
-    return Scorer(classifier.to(DTYPES[dtype]))
+    return Scorer(classifier)
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -214,8 +237,7 @@ def check_vocabulary(tokenizer: Any, models: dict[str, Policy | Scorer]) -> None
         TrainerError: a model's embedding is too small.
     """
     for role, model in models.items():
-        inner = model.lm if isinstance(model, Policy) else model.classifier
-        rows = inner.get_input_embeddings().num_embeddings
+        rows = model.inner.get_input_embeddings().num_embeddings
         if len(tokenizer) > rows:
             raise TrainerError(
                 f"the {role} has embeddings for {rows} tokens, but the actor's tokenizer has "
@@ -306,7 +328,11 @@ def _read_shard(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+        # Mapped, so that the ranks of a node share the file's pages.
+        mapped = zipfile.is_zipfile(path)  # files older than torch 1.6 cannot be
+        weights: dict[str, Tensor] = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=mapped
+        )
         return weights
     except Exception as error:  # the readers raise types of their own, many of them
         raise TrainerError(f"{path}: cannot be read: {error}") from error

@@ -83,7 +83,10 @@ def generate(
         device: the rank's.
     """
     ids, mask = data.pad_left(prompts, config.pad_token_id, device.pad_to)
-    policy = actor.module.eval()
+    policy = actor.module
+    # Through the engines: the hybrid engine puts its inference kernels in for eval() and takes them
+    # out for train(); all scoring is done without them.
+    actor.eval()
     # generate() fills what a call leaves unset from the configuration of the model itself, which
     # peft's wrapper hides.
     plain = models.unwrapped(policy.lm)
@@ -95,6 +98,7 @@ def generate(
             generation_config=config,
             **extra,
         )
+    actor.train()
     device.step_done()
     return from_sequences(sequences, mask.to(device.torch), config, device.pad_to)
 
@@ -114,14 +118,15 @@ def from_sequences(
         multiple: the answers' width is rounded up to a multiple of this.
     """
     width = prompt_mask.shape[1]
-    answers = sequences[:, width:]
-    is_end = torch.isin(answers, torch.tensor(config.eos_token_id, device=answers.device))
+    generated = sequences.shape[1] - width
+    # Padded first: on a device that compiles for each shape, nothing below has a width of its own.
+    answers = pad(sequences[:, width:], (0, -generated % multiple), value=config.pad_token_id)
+    written = torch.arange(answers.shape[1], device=answers.device) < generated
+    ends = torch.tensor(config.eos_token_id, device=answers.device)
+    is_end = torch.isin(answers, ends) & written
     # True up to and with the first end token: no end token stands before the position.
-    answer_mask = (is_end.long().cumsum(-1) - is_end.long()) == 0
+    answer_mask = ((is_end.long().cumsum(-1) - is_end.long()) == 0) & written
     answers = answers.masked_fill(~answer_mask, config.pad_token_id)
-    missing = -answers.shape[1] % multiple
-    answers = pad(answers, (0, missing), value=config.pad_token_id)
-    answer_mask = pad(answer_mask, (0, missing), value=False)
     return Rollout(
         sequences=torch.cat([sequences[:, :width], answers], dim=1),
         attention_mask=torch.cat([prompt_mask, answer_mask.to(prompt_mask.dtype)], dim=1),

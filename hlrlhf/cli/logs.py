@@ -15,58 +15,63 @@ _CHUNK = 1 << 20
 
 
 def logs(
-    name: Annotated[str, typer.Argument(metavar="RUN", help="Name, directory or job id.")],
+    names: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Names, directories or job ids.")
+    ],
     follow: Annotated[
         bool,
-        typer.Option("--follow", "-f", help="Go on, across requeues, until the job has ended."),
+        typer.Option("--follow", "-f", help="Go on, across requeues, until the jobs have ended."),
     ] = False,
 ) -> None:
-    """Print a run's log: the ranks' of every attempt, in order, then the batch shell's."""
-    run = runs.find(name)
-    job = run.job()
-    if job is None:
-        raise runs.RunError(f"{run.name}: was not submitted, so it has no log")
-    log = _Log(run, job)
+    """Print runs' logs: the ranks' of every attempt, in order, then the batch shell's."""
+    chosen = [runs.find(name) for name in names]
+    log = _Log(chosen)
     if not follow:
         log.copy()
         if not log.copied:
-            print(f"{run.name}: no log yet", file=sys.stderr)
+            print(f"{', '.join(names)}: no log yet", file=sys.stderr)
         return
     try:
-        for (state,) in states.poll([run], meanwhile=log.copy):
+        for seen in states.poll(chosen, meanwhile=log.copy):
             # In this order: what is written before the end is copied after it was seen.
             log.copy()
-            if state.ended:
-                print(f"{run.name}: {state.state}", file=sys.stderr)
+            if all(state.ended for state in seen):
+                for run, state in zip(chosen, seen, strict=True):
+                    print(f"{run.name}: {state.state}", file=sys.stderr)
                 return
     except KeyboardInterrupt:
         return
 
 
 class _Log:
-    """A run's log files, and how much of each was copied to standard output."""
+    """Runs' log files, and how much of each was copied to standard output."""
 
-    def __init__(self, run: runs.Run, job: runs.Job):
-        self._run = run
-        self._job = job
+    def __init__(self, chosen: list[runs.Run]):
+        self._jobs: list[tuple[runs.Run, runs.Job]] = []
+        for run in chosen:
+            job = run.job()
+            if job is None:
+                raise runs.RunError(f"{run.name}: was not submitted, so it has no log")
+            self._jobs.append((run, job))
         self._last: Path | None = None
         self.copied: dict[Path, int] = {}
 
     def copy(self) -> None:
         """Copy what is new."""
-        for path in runs.log_files(self._run, self._job):
-            with path.open("rb") as file:
-                file.seek(self.copied.get(path, 0))
-                while chunk := file.read(_CHUNK):
-                    if path != self._last:
-                        self._head(path)
-                    sys.stdout.buffer.write(chunk)
-                    self.copied[path] = file.tell()
+        for run, job in self._jobs:
+            for path in runs.log_files(run, job):
+                with path.open("rb") as file:
+                    file.seek(self.copied.get(path, 0))
+                    while chunk := file.read(_CHUNK):
+                        if path != self._last:
+                            self._head(path, job)
+                        sys.stdout.buffer.write(chunk)
+                        self.copied[path] = file.tell()
         sys.stdout.flush()
 
-    def _head(self, path: Path) -> None:
+    def _head(self, path: Path, job: runs.Job) -> None:
         """Say on standard error which file follows, when there is more than one."""
         sys.stdout.flush()
-        if self._last is not None or path.name != f"{self._job.log_id}.0.log":
+        if self._last is not None or len(self._jobs) > 1 or path.name != f"{job.log_id}.0.log":
             print(f"==> {path} <==", file=sys.stderr, flush=True)
         self._last = path

@@ -103,10 +103,18 @@ def _submit(resolved: Resolved, *, as_json: bool) -> runs.Run:
     try:
         text = script.render(resolved, run.directory, os.environ)
         run.script.write_text(text, encoding="utf-8")
-        # Taken before, so that Slurm's own time of submission is not earlier.
-        now = int(time.time())
-        job_id, cluster = client.submit(run.script)
     except BaseException:
+        run.discard()
+        raise
+    # Taken before, so that Slurm's own time of submission is not earlier.
+    now = int(time.time())
+    try:
+        job_id, cluster = client.submit(run.script)
+    except client.NoAnswer:
+        # A job must not lose its directory.
+        _say(f"{run.directory} stays; it may be submitted: squeue --name={run.name}")
+        raise
+    except (client.Rejected, client.SlurmError):
         run.discard()
         raise
     try:

@@ -38,8 +38,6 @@ def contradictions(settings: Settings, values: Mapping[str, Given]) -> Iterator[
         yield memory, "Slurm takes one of the three; set the others to nothing"
     if settings.slurm.gres_type and not settings.gres_name:
         yield ("slurm.gres_type", "slurm.gres_name", "device"), "a type needs a gres name"
-    if settings.slurm.mail_type and not settings.slurm.mail_user:
-        yield ("slurm.mail_type", "slurm.mail_user"), "mail needs somebody to go to"
     for model, enabled in (
         ("actor", settings.hpz.enabled_actor),
         ("critic", settings.hpz.enabled_critic),
@@ -63,3 +61,7 @@ def contradictions(settings: Settings, values: Mapping[str, Given]) -> Iterator[
         yield ("dataset.weights", "dataset.path"), "give one weight per data set, or none"
     if settings.hybrid_engine and settings.device != "cuda":
         yield ("hybrid_engine", "device"), "DeepSpeed's hybrid engine runs on device=cuda only"
+    if settings.hybrid_engine and settings.actor.zero_stage == 3:
+        yield ("hybrid_engine", "actor.zero_stage"), "the hybrid engine needs the actor's ZeRO < 3"
+    if settings.hybrid_engine and settings.lora.dim:
+        yield ("hybrid_engine", "lora.dim"), "the hybrid engine goes without LoRA here"

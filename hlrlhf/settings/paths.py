@@ -18,7 +18,7 @@ _OUTPUTS = {
     "hpu.recipe_cache_path",
 }
 # Read by the run: a path if it exists here or starts with ./ or ../, else a name (on the Hub, in a
-# registry, on PATH).
+# registry, on PATH). A name on the Hub has one slash at most and no suffix of a file of data.
 _INPUTS = {
     "actor.model_path",
     "critic.model_path",
@@ -28,6 +28,10 @@ _INPUTS = {
     "slurm.template",
     "environment.python",
 }
+
+
+_ON_HUB = {"actor.model_path", "critic.model_path", "reward.model_path", "dataset.path"}
+_DATA_FILES = (".json", ".jsonl", ".parquet", ".csv")
 
 
 def absolute(name: str, value: Any) -> Any:
@@ -40,7 +44,9 @@ def absolute(name: str, value: Any) -> Any:
     if name == "environment.python" and os.sep not in path:
         return path  # a command, even if a file here has the same name
     # A name never begins with a dot and a slash, so that may also be a path that is yet to be made.
-    dotted = path.startswith(("./", "../"))
-    if name in _OUTPUTS or dotted or os.path.exists(path):  # noqa: PTH110 - Path raises on odd names
+    named = not path.startswith(("./", "../"))
+    if name in _ON_HUB:
+        named = named and path.count("/") < 2 and not path.endswith(_DATA_FILES)
+    if name in _OUTPUTS or not named or os.path.exists(path):  # noqa: PTH110 - Path raises on odd names
         return os.path.abspath(path)  # noqa: PTH100 - links stay; only dots go
     return path

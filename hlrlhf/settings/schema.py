@@ -64,6 +64,7 @@ SlurmMemory = Annotated[
 ]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
+SignalLead = Annotated[int, Field(ge=1, le=65535)]  # Slurm keeps it in 16 bits
 Rate = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -279,7 +280,7 @@ class Slurm(Group):
         description="--requeue or --no-requeue: whether Slurm may start the job again, from its "
         "first step, after a node failure.",
     )
-    signal_lead: Positive | None = Field(
+    signal_lead: SignalLead | None = Field(
         None,
         description="Warn the run this long before its time limit, so that it stops after the "
         "step in hand and saves its models.",
@@ -313,7 +314,10 @@ class Environment(Group):
     setup: list[ShellLine] = Field(
         [], description="Shell lines to run first on the first node, such as module load."
     )
-    python: Text = Field("python3", description="Python that has hlrlhf[train].")
+    python: Text = Field(
+        "python3",
+        description="Python that has hlrlhf[train]; with a container, the container's own.",
+    )
 
 
 class Settings(Group):
@@ -372,13 +376,17 @@ class Settings(Group):
         None, description="Network interface for the collectives; unset: they find their own."
     )
     tensorboard_path: Text | None = Field(
-        None, description="TensorBoard folder; unset: tensorboard/ in the run directory."
+        None,
+        description="TensorBoard folder, in which the run gets one of its own; unset: tensorboard/ "
+        "in the run directory.",
     )
     log_file: Text | None = Field(
         None, description="Log of the ranks; unset: one file per attempt in the run directory."
     )
     checkpoint_path: Text | None = Field(
-        None, description="Folder of the saved models; unset: checkpoints/ in the run directory."
+        None,
+        description="Folder of saved models, in which the run gets one of its own; unset: "
+        "checkpoints/ in the run directory.",
     )
     actor: Actor
     critic: Critic

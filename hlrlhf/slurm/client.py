@@ -37,6 +37,10 @@ class SlurmError(Exception):
     """Slurm could not be reached, or one of its commands is not there."""
 
 
+class NoAnswer(SlurmError):  # noqa: N818 - no failure of ours
+    """Slurm may have done what it was asked, or not."""
+
+
 class Rejected(Exception):  # noqa: N818 - Slurm's answer, not a failure of ours
     """Slurm was reached and refused; carries its own words."""
 
@@ -48,14 +52,15 @@ def submit(script: Path, environ: Mapping[str, str] = os.environ) -> tuple[str, 
         The job's id, and the cluster if sbatch names one.
 
     Raises:
-        SlurmError: Slurm could not be reached, or what sbatch printed is not a job id.
+        SlurmError: Slurm could not be reached.
+        NoAnswer: sbatch took too long, or what it printed is not a job id.
         Rejected: sbatch refused the job.
     """
     done = _run(["sbatch", "--parsable", str(script)], environ)
     _check(done)
     job = parse_submitted(done.stdout)
     if job is None:
-        raise SlurmError(f"sbatch printed no job id: {_words(done)}")
+        raise NoAnswer(f"sbatch printed no job id: {_words(done)}")
     return job
 
 
@@ -175,7 +180,7 @@ def _run(command: Sequence[str], environ: Mapping[str, str]) -> subprocess.Compl
         raise SlurmError(f"{command[0]}: {error.strerror}") from error
     except subprocess.TimeoutExpired as error:
         said = (error.stderr or b"").decode("utf-8", "replace").strip()
-        raise SlurmError(
+        raise NoAnswer(
             f"{command[0]} did not answer within {TIMEOUT:g} s" + (f": {said}" if said else "")
         ) from error
 
