@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 from hlrlhf import __version__
 from hlrlhf.cli.app import COMMANDS
+from hlrlhf.settings.names import settings_by_name
 
 MANDATORY = {
     "HL_TAG": "called",
@@ -123,6 +125,22 @@ def test_no_slurm_here(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (3, "")
     assert "sbatch" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["show", "render", "submit"])
+def test_help_lists_every_setting(command: str) -> None:
+    shown = " ".join(hlrlhf(command, "--help").stdout.split())
+    for setting in settings_by_name().values():
+        assert f"{setting.name} {setting.env} " in shown
+
+
+def test_what_can_be_no_name_on_the_hub_is_a_path(tmp_path: Path) -> None:
+    models = {"HL_ACTOR_MODEL_PATH": "my/models/actor", "HL_CRITIC_MODEL_PATH": "me/critic"}
+    environ = MANDATORY | models | {"HL_DATASET_PATH": "data/new.jsonl prompts/new"}
+    shown = json.loads(hlrlhf("show", "--json", cwd=tmp_path, **environ).stdout)["settings"]
+    assert shown["actor.model_path"]["value"] == f"{tmp_path}/my/models/actor"
+    assert shown["critic.model_path"]["value"] == "me/critic"
+    assert shown["dataset.path"]["value"] == [f"{tmp_path}/data/new.jsonl", "prompts/new"]
 
 
 def test_paths_are_absolute_from_the_start(tmp_path: Path) -> None:

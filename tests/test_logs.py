@@ -45,6 +45,19 @@ def test_all_attempts_in_order(run: Run) -> None:
     assert b"42.2.log" in done.stderr
 
 
+def test_logs_of_several_runs(run: Run, tmp_path: Path) -> None:
+    other = runs.create(tmp_path, "other")
+    other.record(Job("slurm", "43", None, 0))
+    (run.logs / "42.0.log").write_text("one\n")
+    (other.logs / "43.0.log").write_text("two\n")
+    done = logs("other", "42")
+    assert done.stdout == "two\none\n"
+    assert [line.split("/")[-1] for line in done.stderr.splitlines()] == [
+        "43.0.log <==",
+        "42.0.log <==",
+    ]
+
+
 def test_a_log_file_of_ones_own(run: Run, tmp_path: Path) -> None:
     own = tmp_path / "my own.log"
     own.write_text("ranks\n")

@@ -148,6 +148,39 @@ def test_a_failing_rank_ends_the_others(on_slurm: Cluster, settings: Path, tmp_p
 
 
 @pytest.mark.slurm
+@pytest.mark.parametrize(("last", "code"), [(0, 75), (1, 1)], ids=["a stop", "a failure"])
+def test_the_code_that_a_rank_left_is_the_jobs(
+    on_slurm: Cluster, settings: Path, tmp_path: Path, last: int, code: int
+) -> None:
+    """Whatever srun says of the ranks that it ends, or that leave later."""
+    leave = f'if ((RANK == 0)); then echo {code} >"$HLRLHF_EXIT_FILE"; exit {last}; fi'
+    rank(tmp_path, f"#!/bin/bash\n{leave}\nsleep 1\necho rank $RANK left\n")
+
+    assert submit("--wait").returncode == code
+
+    (run,) = runs.every()
+    job = run.job()
+    assert job is not None
+    assert runs.attempts(run, job) == {0: code}
+    left = "rank 1 left" in (run.logs / f"{job.id}.0.log").read_text()
+    assert left == (code == 75), "only a failure ends the other ranks"
+
+
+def test_a_job_that_may_be_queued_keeps_its_directory(settings: Path, tmp_path: Path) -> None:
+    mute = tmp_path / "bin" / "sbatch"
+    mute.parent.mkdir()
+    mute.write_text("#!/bin/sh\n")
+    mute.chmod(0o755)
+
+    done = submit(PATH=f"{mute.parent}:{os.environ['PATH']}")
+
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "sbatch printed no job id" in done.stderr
+    assert "squeue --name=try" in done.stderr
+    assert (settings / "try" / "job.sbatch").is_file()
+
+
+@pytest.mark.slurm
 def test_rejected_by_slurm(on_slurm: Cluster, settings: Path) -> None:
     done = submit("--set", "slurm.partition=nowhere")
     assert (done.returncode, done.stdout) == (1, "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import pty
 import re
@@ -169,6 +170,10 @@ def test_the_adapter_on_the_base_is_the_merged_actor(adapters_only: Run, demo_mo
         merged = AutoModelForCausalLM.from_pretrained(saved / "actor")(ids).logits
     assert torch.allclose(loaded, merged, atol=1e-4)
     assert not torch.allclose(before, merged, atol=1e-2), "the adapter does something"
+    config = json.loads((saved / "actor-adapter" / "adapter_config.json").read_text())
+    assert config["task_type"] == "CAUSAL_LM"
+    head = load_file(saved / "critic-adapter" / "score.safetensors")["score.weight"]
+    assert head.equal(adapters_only.weights("critic")["score.weight"])
 
 
 def test_lora_beside_all_other_weights(trained: Trained, demo_models: Path) -> None:
@@ -248,7 +253,9 @@ def test_the_log_of_a_run_is_plain_lines(trained: Trained) -> None:
 
 
 def test_a_second_attempt_adds_to_what_the_first_wrote(demo_models: Path, tmp_path: Path) -> None:
-    prepare(tmp_path, demo_models, run_steps=1, print_answers_interval=1)
+    shared = tmp_path / "shared"
+    places = {"checkpoint_path": shared / "models", "tensorboard_path": shared / "boards"}
+    prepare(tmp_path, demo_models, run_steps=1, print_answers_interval=1, **places)
     first = train(tmp_path)
     assert first.codes == [0], first.output
     assert "prompt: " in first.output[0]
@@ -256,18 +263,26 @@ def test_a_second_attempt_adds_to_what_the_first_wrote(demo_models: Path, tmp_pa
     for name in ("metrics.jsonl", "samples.jsonl"):
         written = [(line["attempt"], line["step"]) for line in read_lines(tmp_path / name)]
         assert written == [(0, 1), (1, 1)], name
+    # Several runs may share these folders.
+    assert (shared / "models" / tmp_path.name / "final" / "actor").is_dir()
+    assert [*(shared / "boards" / tmp_path.name).iterdir()]
 
 
+@pytest.mark.parametrize("with_file", [False, True], ids=["", "with a file for the code"])
 def test_a_warning_to_one_rank_stops_all_after_the_step_in_hand(
-    demo_models: Path, tmp_path: Path
+    demo_models: Path, tmp_path: Path, with_file: bool
 ) -> None:
     prepare(tmp_path, demo_models, devices_per_node=2, mbs=2, run_steps=32)
-    with running(tmp_path, ranks=2) as processes:
+    environ = {"HLRLHF_EXIT_FILE": str(tmp_path / "code")} if with_file else {}
+    with running(tmp_path, ranks=2, **environ) as processes:
         metrics = tmp_path / "metrics.jsonl"
         wait_for(lambda: metrics.exists() and metrics.read_text(), processes)
         os.kill(processes[1].pid, signal.SIGUSR1)
         run = finish(tmp_path, processes)
-    assert run.codes == [75, 75], run.output
+    assert run.codes == ([0, 0] if with_file else [75, 75]), run.output
+    assert (tmp_path / "code").exists() == with_file
+    if with_file:
+        assert (tmp_path / "code").read_text() == "75\n"
     last = len(run.metrics)
     assert 1 <= last < 32
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"step-{last}"]
