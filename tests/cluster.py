@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from hlrlhf.runs import Run
+
 COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scancel", "setpriv")
 ACCOUNTING_COMMANDS = ("slurmdbd", "mariadbd", "mariadb-install-db", "sacctmgr", "sacct")
 SBIN = ("/usr/local/sbin", "/usr/sbin", "/sbin")
@@ -41,6 +43,13 @@ def until(condition: Callable[[], object], what: str, seconds: float = 30) -> No
         if time.monotonic() > deadline:
             raise TimeoutError(f"waited {seconds:g} s in vain for {what}")
         time.sleep(0.05)
+
+
+def job_id(run: Run) -> str:
+    """The id of a run that was submitted."""
+    job = run.job()
+    assert job is not None
+    return job.id
 
 
 class Cluster:

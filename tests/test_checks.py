@@ -5,16 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from mandatory import MANDATORY
 
 from hlrlhf.settings import SettingsError, resolve
-
-MANDATORY = {
-    "HL_TAG": "first",
-    "HL_BASE_OUT_PATH": "/runs",
-    "HL_ACTOR_MODEL_PATH": "/models/actor",
-    "HL_CRITIC_MODEL_PATH": "/models/critic",
-    "HL_DATASET_PATH": "/data/prompts",
-}
 
 
 def problems(*flags: str, preset: str | None = None, **environ: str) -> list[str]:

@@ -7,18 +7,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mandatory import MANDATORY
 
 from hlrlhf.settings import Origin, Resolved, SettingsError, resolve
 from hlrlhf.settings.layers import dump, load
 from hlrlhf.settings.names import ALIASES, settings_by_env, settings_by_name
-
-MANDATORY = {
-    "HL_TAG": "first",
-    "HL_BASE_OUT_PATH": "/runs",
-    "HL_ACTOR_MODEL_PATH": "/models/actor",
-    "HL_CRITIC_MODEL_PATH": "/models/critic",
-    "HL_DATASET_PATH": "/data/prompts",
-}
 
 
 def written(path: Path, text: str) -> Path:

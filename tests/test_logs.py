@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cluster import Cluster
+from cluster import Cluster, job_id
 
 from hlrlhf import runs
 from hlrlhf.runs import Job, Run
@@ -18,12 +18,6 @@ COMMAND = [sys.executable, "-c", "from hlrlhf.cli import main; main()", "logs"]
 
 def logs(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=60)
-
-
-def job_id(run: Run) -> str:
-    job = run.job()
-    assert job is not None
-    return job.id
 
 
 @pytest.fixture

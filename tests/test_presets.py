@@ -7,16 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mandatory import MANDATORY
 
 from hlrlhf.settings import SettingsError, presets, resolve
 
-MANDATORY = {
-    "HL_TAG": "first",
-    "HL_BASE_OUT_PATH": "/runs",
-    "HL_ACTOR_MODEL_PATH": "/models/actor",
-    "HL_CRITIC_MODEL_PATH": "/models/critic",
-    "HL_DATASET_PATH": "/data/prompts",
-}
 BOTH = {
     "dtype": "bf16",
     "num_nodes": 1,

@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from mandatory import MANDATORY
 from pydantic import ValidationError
 
 from hlrlhf.settings import Resolved, Settings, SettingsError, resolve
 from hlrlhf.settings.names import settings_by_env, settings_by_name
-
-MANDATORY = {
-    "HL_TAG": "first",
-    "HL_BASE_OUT_PATH": "/runs",
-    "HL_ACTOR_MODEL_PATH": "/models/actor",
-    "HL_CRITIC_MODEL_PATH": "/models/critic",
-    "HL_DATASET_PATH": "/data/prompts",
-}
 
 # What a user of the reference scripts knows, with its default where one was promised.
 ANY = object()

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, until
+from cluster import Cluster, job_id, until
 
 from hlrlhf import runs
 from hlrlhf.runs import Job, Run
@@ -21,12 +21,6 @@ from hlrlhf.slurm.states import look, merge
 Submit = Callable[..., Run]
 
 EXIT = "trap 'echo $? >\"logs/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.exit\"' EXIT\n"
-
-
-def job_id(run: Run) -> str:
-    job = run.job()
-    assert job is not None
-    return job.id
 
 
 @pytest.mark.slurm

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, until
+from cluster import Cluster, job_id, until
 
 from hlrlhf import runs
 from hlrlhf.runs import Job, Run
@@ -24,12 +24,6 @@ COMMAND = [sys.executable, "-c", "from hlrlhf.cli import main; main()", "status"
 
 def status(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=60)
-
-
-def job_id(run: Run) -> str:
-    job = run.job()
-    assert job is not None
-    return job.id
 
 
 @pytest.mark.slurm

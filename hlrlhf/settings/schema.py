@@ -90,40 +90,35 @@ class Group(BaseModel):
     )
 
 
-class Actor(Group):
+class Trained(Group):
+    """What actor and critic have in common."""
+
+    model_path: Text
+    learning_rate: Rate = Field(1e-5, description="Peak learning rate.")
+    weight_decay: NonNegative = Field(0.0, description="AdamW weight decay, on matrices only.")
+    dropout: Fraction = Field(0.0, description="Dropout while the model trains.")
+    cp_act: bool = Field(
+        False, description="Activation checkpointing: less memory, more computation."
+    )
+    zero_stage: ZeroStage = Field(1, description="DeepSpeed ZeRO stage.")
+
+
+class Actor(Trained):
     """The policy that is trained."""
 
     model_path: Text = Field(
         description="Actor checkpoint: a Hugging Face folder or Hub name; the reference starts "
         "from it too."
     )
-    learning_rate: Rate = Field(1e-5, description="Peak learning rate of the actor.")
-    weight_decay: NonNegative = Field(
-        0.0, description="AdamW weight decay of the actor, on matrices only."
-    )
-    dropout: Fraction = Field(0.0, description="Dropout in the actor while it trains.")
-    cp_act: bool = Field(
-        False, description="Activation checkpointing in the actor: less memory, more compute."
-    )
-    zero_stage: ZeroStage = Field(1, description="DeepSpeed ZeRO stage of the actor.")
 
 
-class Critic(Group):
+class Critic(Trained):
     """The value model that is trained."""
 
     model_path: Text = Field(
         description="Critic checkpoint: a DeepSpeed-Chat step-2 folder, or a Hugging Face "
         "sequence classifier with one label."
     )
-    learning_rate: Rate = Field(1e-5, description="Peak learning rate of the critic.")
-    weight_decay: NonNegative = Field(
-        0.0, description="AdamW weight decay of the critic, on matrices only."
-    )
-    dropout: Fraction = Field(0.0, description="Dropout in the critic while it trains.")
-    cp_act: bool = Field(
-        False, description="Activation checkpointing in the critic: less memory, more compute."
-    )
-    zero_stage: ZeroStage = Field(1, description="DeepSpeed ZeRO stage of the critic.")
 
 
 class Reward(Group):
