@@ -335,9 +335,9 @@ def test_every_model_needs_an_embedding_for_every_token(tmp_path: Path) -> None:
         0.0,
     )
 
-    models.check_vocabulary(tokenizer, {"actor": fits})
+    models.check_vocabulary(tokenizer, "actor", fits)
     with pytest.raises(TrainerError) as caught:
-        models.check_vocabulary(tokenizer, {"actor": fits, "critic": small})
+        models.check_vocabulary(tokenizer, "critic", small)
     assert str(len(tokenizer) - 1) in str(caught.value)
     assert str(caught.value).startswith("the critic has embeddings for")
 

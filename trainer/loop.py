@@ -188,7 +188,7 @@ def _load(
     dtype = settings.dtype
 
     def checked(role: str, model: Any) -> Any:
-        models.check_vocabulary(tokenizer, {role: model})
+        models.check_vocabulary(tokenizer, role, model)
         return model
 
     def trainable(role: str, own: Actor | Critic) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -230,19 +230,18 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     raise TrainerError(f"{folder}: holds neither model.safetensors nor pytorch_model.bin")
 
 
-def check_vocabulary(tokenizer: Any, models: dict[str, Policy | Scorer]) -> None:
-    """Every token that the tokenizer can produce must have an embedding in every model.
+def check_vocabulary(tokenizer: Any, role: str, model: Policy | Scorer) -> None:
+    """Every token that the tokenizer can produce must have an embedding in the model.
 
     Raises:
-        TrainerError: a model's embedding is too small.
+        TrainerError: the embedding is too small; names the `role`.
     """
-    for role, model in models.items():
-        rows = model.inner.get_input_embeddings().num_embeddings
-        if len(tokenizer) > rows:
-            raise TrainerError(
-                f"the {role} has embeddings for {rows} tokens, but the actor's tokenizer has "
-                f"{len(tokenizer)}; {role} and actor must share a tokenizer"
-            )
+    rows = model.inner.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise TrainerError(
+            f"the {role} has embeddings for {rows} tokens, but the actor's tokenizer has "
+            f"{len(tokenizer)}; {role} and actor must share a tokenizer"
+        )
 
 
 def end_tokens(policy: Policy, tokenizer: Any) -> list[int]:
@@ -346,17 +345,13 @@ def _from_step2(name: str, prefix: str) -> str:
     return name
 
 
-def _strict(path: str, missing: Any, unexpected: Any) -> None:
+def _strict(path: str, missing: Iterable[str], unexpected: Iterable[str]) -> None:
     def listed(names: list[str]) -> str:
         return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
-    extra = [name for name in _sorted(unexpected) if not name.endswith(DERIVED_BUFFERS)]
-    lacking = list(_sorted(missing))
+    extra = sorted(name for name in unexpected if not name.endswith(DERIVED_BUFFERS))
+    lacking = sorted(missing)
     parts = [f"it lacks {listed(lacking)}"] if lacking else []
     parts += [f"it has {listed(extra)}, which the model has not"] if extra else []
     if parts:
         raise TrainerError(f"{path}: not this model's checkpoint: {'; '.join(parts)}")
-
-
-def _sorted(names: Any) -> Iterator[str]:
-    return iter(sorted(str(name) for name in names))
