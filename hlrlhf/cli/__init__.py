@@ -24,6 +24,9 @@ def main() -> None:
         for line in lines:
             print(f"hlrlhf: {line}", file=sys.stderr)
         sys.exit(code)
+    finally:
+        # Else the interpreter, as it ends, searches all of it once more: a sixth of the time.
+        gc.freeze()
 
 
 def _explain(error: Exception) -> tuple[int, Iterator[str]]:
