@@ -52,6 +52,16 @@ def test_logs_of_several_runs(run: Run, tmp_path: Path) -> None:
     ]
 
 
+def test_logs_of_all_runs_leave_out_those_that_were_not_submitted(run: Run, tmp_path: Path) -> None:
+    runs.create(tmp_path, "not-submitted")
+    other = runs.create(tmp_path, "other")
+    other.record(Job("slurm", "43", None, 0))
+    (run.logs / "42.0.log").write_text("one\n")
+    (other.logs / "43.0.log").write_text("two\n")
+    assert logs("--all").stdout == "one\ntwo\n"
+    assert logs().returncode == logs("--all", "run").returncode == 2
+
+
 def test_a_log_file_of_ones_own(run: Run, tmp_path: Path) -> None:
     own = tmp_path / "my own.log"
     own.write_text("ranks\n")

@@ -16,20 +16,29 @@ _CHUNK = 1 << 20
 
 def logs(
     names: Annotated[
-        list[str], typer.Argument(metavar="RUN...", help="Names, directories or job ids.")
-    ],
+        list[str] | None,
+        typer.Argument(metavar="[RUN]...", help="Names, directories or job ids."),
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="The logs of every run that was submitted.")
+    ] = False,
     follow: Annotated[
         bool,
         typer.Option("--follow", "-f", help="Go on, across requeues, until the jobs have ended."),
     ] = False,
 ) -> None:
     """Print runs' logs: the ranks' of every attempt, in order, then the batch shell's."""
-    chosen = [runs.find(name) for name in names]
+    if bool(names) == everything:
+        raise typer.BadParameter("give the runs whose logs to print, or --all")
+    if names:
+        chosen = [runs.find(name) for name in names]
+    else:
+        chosen = [run for run in runs.every() if run.job_file.exists()]
     log = _Log(chosen)
     if not follow:
         log.copy()
         if not log.copied:
-            print(f"{', '.join(names)}: no log yet", file=sys.stderr)
+            print(f"{', '.join(names or ['hlrlhf'])}: no log yet", file=sys.stderr)
         return
     try:
         for seen in states.poll(chosen, meanwhile=log.copy):
