@@ -58,6 +58,11 @@ def test_origins_are_told_for_a_preset() -> None:
         (["slurm.gres_type=HL-225", "slurm.gres_name="], "a type needs a gres name"),
         (["slurm.gres_type=HL-225", "device=cpu"], "a type needs a gres name"),
         (["hpz.enabled_actor=1"], "hpZ needs ZeRO stage 3"),
+        (
+            ["gbs=96", "mbs=4", "devices_per_node=2", "ppo.minibatches=5"],
+            "a device has 12 micro batches, which can make 1, 2, 3, 4, 6, 12 minibatches",
+        ),
+        (["ppo.kl_controller=adaptive", "ppo.kl_coefficient=0"], "and 0 stays 0"),
         (["hpz.enabled_critic=1", "actor.zero_stage=3"], "hpZ needs ZeRO stage 3"),
         (["container.image=x.sif"], "has no effect without a container"),
         (["container.mounts=/a:/b"], "has no effect without a container"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,7 @@ def score(case: Case, prompts: Any = PROMPTS, answers: Any = ANSWERS) -> experie
         *frozen,
         case.settings,
         tiny.cpu(case.settings),
+        kl_coefficient=0.1,
     )
 
 
@@ -178,7 +180,11 @@ def test_answers_of_one_token_stay_and_padding_holds_nothing(case: Case) -> None
 
 
 def assembled(
-    answers: list[list[int]], scores: list[float], *flags: str, values: float = 0.0
+    answers: list[list[int]],
+    scores: list[float],
+    *flags: str,
+    values: float = 0.0,
+    kl_coefficient: float = 0.0,
 ) -> experience.Experience:
     made = rolled_out([[1, 5]] * len(answers), answers)
     shape = made.answer_mask.shape
@@ -189,14 +195,15 @@ def assembled(
         torch.full(shape, values),
         torch.tensor(scores),
         tiny.settings(*flags),
+        kl_coefficient,
     )
 
 
 def test_the_end_token_carries_the_score() -> None:
-    flags = ("ppo.gae_lambda=0", "ppo.gamma=0", "ppo.kl_coefficient=0.2", "reward.clip=5")
+    flags = ("ppo.gae_lambda=0", "ppo.gamma=0", "reward.clip=5")
 
     # With lambda and gamma 0 and no value, returns are the rewards of single tokens.
-    found = assembled([[7, 8, EOS], [EOS], [7, 8, 9]], [3.0, -9.0, 2.0], *flags)
+    found = assembled([[7, 8, EOS], [EOS], [7, 8, 9]], [3.0, -9.0, 2.0], *flags, kl_coefficient=0.2)
 
     torch.testing.assert_close(
         found.returns,
@@ -206,7 +213,7 @@ def test_the_end_token_carries_the_score() -> None:
 
 
 def test_whitening_is_over_all_tokens_of_the_batch_and_returns_come_before_it() -> None:
-    found = assembled([[7, EOS], [EOS]], [1.0, 4.0], "ppo.kl_coefficient=0", values=0.5)
+    found = assembled([[7, EOS], [EOS]], [1.0, 4.0], values=0.5)
 
     # lambda 0.95, gamma 1: A = [[0.95 * 0.5, 0.5], [3.5]].
     raw = torch.tensor([0.475, 0.5, 3.5])
@@ -216,18 +223,65 @@ def test_whitening_is_over_all_tokens_of_the_batch_and_returns_come_before_it() 
 
 
 def test_a_small_spread_of_large_advantages_is_not_lost() -> None:
-    flags = ("ppo.kl_coefficient=0", "ppo.gae_lambda=0", "reward.clip=5000")
+    flags = ("ppo.gae_lambda=0", "reward.clip=5000")
 
     found = assembled([[EOS]] * 4, [4000.0, 4000.5, 4001.0, 4001.5], *flags)
 
     assert float(found.advantages.std(correction=0)) == pytest.approx(1, rel=1e-3)
 
 
+@pytest.mark.knob("ppo.whiten_advantages")
+def test_without_whitening_advantages_are_left_as_they_are() -> None:
+    found = assembled([[7, EOS], [EOS]], [1.0, 4.0], "ppo.whiten_advantages=false", values=0.5)
+
+    torch.testing.assert_close(found.advantages, torch.tensor([[0.475, 0.5], [3.5, 0.0]]))
+
+
+@pytest.mark.knob("ppo.gamma", "ppo.gae_lambda")
+@pytest.mark.parametrize(
+    ("flags", "advantages"),
+    [
+        # Rewards 0 and 4, values 1: deltas are gamma - 1 and 3.
+        (("ppo.gamma=1", "ppo.gae_lambda=1"), [3.0, 3.0]),
+        (("ppo.gamma=1", "ppo.gae_lambda=0.5"), [1.5, 3.0]),
+        (("ppo.gamma=0.5", "ppo.gae_lambda=1"), [1.0, 3.0]),
+        (("ppo.gamma=0.5", "ppo.gae_lambda=0"), [-0.5, 3.0]),
+    ],
+)
+def test_discount_and_lambda(flags: tuple[str, ...], advantages: list[float]) -> None:
+    found = assembled([[7, EOS]], [4.0], *flags, "ppo.whiten_advantages=false", values=1.0)
+
+    torch.testing.assert_close(found.advantages, torch.tensor([advantages]))
+    torch.testing.assert_close(found.returns, found.advantages + 1)
+
+
+@pytest.mark.knob("ppo.kl_estimator")
+@pytest.mark.parametrize(
+    ("estimator", "kl"), [("k1", 0.5), ("k2", 0.125), ("k3", math.exp(-0.5) - 1 + 0.5)]
+)
+def test_the_penalty_is_the_coefficient_times_the_estimate(estimator: str, kl: float) -> None:
+    flags = ("ppo.gae_lambda=0", "ppo.gamma=0", f"ppo.kl_estimator={estimator}")
+
+    found = assembled([[7, EOS]], [1.0], *flags, kl_coefficient=0.2)
+
+    torch.testing.assert_close(found.returns, torch.tensor([[-0.2 * kl, 1 - 0.2 * kl]]))
+
+
+def test_moments_are_over_valid_tokens_and_leave_leading_dimensions() -> None:
+    values = torch.tensor([[[1.0, 2.0], [6.0, math.nan]], [[0.0, 0.0], [3.0, 9.0]]])
+    mask = torch.tensor([[True, True], [True, False]])
+
+    mean, variance = experience.moments(values, mask)
+
+    assert mean.tolist() == [3.0, 1.0]
+    assert variance.tolist() == [pytest.approx(14 / 3), 2.0]
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 9])
-def test_micro_batches_are_the_rows_in_order(size: int) -> None:
+def test_parts_are_the_rows_in_order(size: int) -> None:
     found = assembled([[7, EOS], [EOS], [8, 9], [4, 4], [EOS]], [1.0, 2.0, 3.0, 4.0, 5.0])
 
-    parts = list(found.micro_batches(size))
+    parts = list(found.split(size))
 
     assert [len(part.scores) for part in parts[:-1]] == [size] * (len(parts) - 1)
     for name in ("sequences", "attention_mask", "answer_mask", "advantages", "returns", "scores"):

@@ -18,6 +18,7 @@ from transformers import (  # noqa: E402
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     GenerationConfig,
+    GraniteConfig,
 )
 
 from hlrlhf.trainer import models  # noqa: E402
@@ -403,3 +404,48 @@ def test_padding_on_the_left_does_not_show(tmp_path: Path, architecture: str) ->
             assert together[i].tolist() == pytest.approx(expected, abs=1e-4)
             unpadded = scorer(alone, torch.ones_like(alone), 2)[0]
             assert values[i].tolist() == pytest.approx(unpadded.tolist(), abs=1e-4)
+
+
+@pytest.mark.knob("ppo.logprob_chunk")
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+@pytest.mark.parametrize("chunk", [1, 3, 5, 8])
+def test_log_probs_in_chunks(tmp_path: Path, architecture: str, chunk: int) -> None:
+    folder = str(tiny.save_policy(tmp_path, architecture))
+    whole, chunked = (
+        models.load_policy(folder, "fp32", 0.0),
+        models.load_policy(folder, "fp32", 0.0, chunk),
+    )
+    ids, mask = tiny.padded([[1, 5, 6, 7, 8, 9, 10], [1, 30, 31, 4, 5, 6]])
+    widths = []
+    chunked.lm.get_output_embeddings().register_forward_hook(
+        lambda _, inputs, __: widths.append(inputs[0].shape[1])
+    )
+
+    expected, found = (policy(ids, mask, 5, 0.7) for policy in (whole, chunked))
+    for logprobs in (expected, found):
+        (logprobs * torch.arange(10.0).view(2, 5)).sum().backward()
+
+    # The logits of no more tokens are ever there, those of the backward pass included.
+    assert max(widths) == min(chunk, 5)
+    assert sum(widths) == 2 * 5
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for one, other in zip(chunked.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_logits_that_are_changed_after_the_head_are_not_computed_in_chunks(tmp_path: Path) -> None:
+    config = GraniteConfig(
+        vocab_size=48,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        logits_scaling=8.0,
+        initializer_range=0.4,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+
+    models.load_policy(str(tmp_path), "fp32", 0.0)
+    with pytest.raises(TrainerError, match="HL_PPO_LOGPROB_CHUNK=0"):
+        models.load_policy(str(tmp_path), "fp32", 0.0, 4)

@@ -96,7 +96,56 @@ def test_token_logprobs_are_fp32_from_bf16_logits_and_survive_large_ones() -> No
     assert found.item() == 0.0
 
 
-# 2. Rewards.
+# 2. Divergence from the reference, and rewards.
+
+
+@given(batches(2), st.sampled_from(["k1", "k2", "k3"]))
+def test_kl_estimates(batch: tuple[list[int], list[Any]], estimator: str) -> None:
+    lengths, (logprobs, reference) = batch
+
+    found = ppo.kl_estimate(logprobs, reference, estimator)
+
+    for i, length in enumerate(lengths):
+        for t in range(length):
+            p, q = math.exp(logprobs[i, t]), math.exp(reference[i, t])
+            slow = {
+                "k1": math.log(p / q),
+                "k2": math.log(p / q) ** 2 / 2,
+                "k3": q / p - 1 - math.log(q / p),
+            }[estimator]
+            assert float(found[i, t]) == pytest.approx(slow, rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.parametrize(("estimator", "bias"), [("k1", 0.0), ("k2", 0.02), ("k3", 0.0)])
+def test_estimates_average_to_the_divergence(estimator: str, bias: float) -> None:
+    p, q = torch.tensor([0.5, 0.3, 0.2]).double(), torch.tensor([0.4, 0.4, 0.2]).double()
+    divergence = float((p * (p / q).log()).sum())
+
+    # The mean over what p samples, exactly.
+    found = float((p * ppo.kl_estimate(p.log(), q.log(), estimator)).sum())
+
+    assert found == pytest.approx(divergence, abs=1e-12 + bias * divergence)
+
+
+def test_an_estimate_beyond_all_bounds_stays_finite() -> None:
+    found = ppo.kl_estimate(torch.tensor([[-500.0]]), torch.tensor([[0.0]]), "k3")
+
+    assert torch.isfinite(found).all()
+
+
+@pytest.mark.knob("ppo.kl_controller", "ppo.kl_target", "ppo.kl_horizon")
+def test_the_controller_by_hand() -> None:
+    fixed = ppo.KlController(0.1, None, 100)
+    fixed.update(1000.0, 100)
+    assert fixed.coefficient == 0.1
+
+    adaptive = ppo.KlController(0.1, 6.0, 100)
+    adaptive.update(6.6, 50)  # a tenth above: 5 % of a horizon of 10 %
+    assert adaptive.coefficient == pytest.approx(0.1 * 1.05)
+    adaptive.update(60.0, 50)  # far above: clipped to 20 %
+    assert adaptive.coefficient == pytest.approx(0.1 * 1.05 * 1.1)
+    adaptive.update(-1.0, 100)  # far below
+    assert adaptive.coefficient == pytest.approx(0.1 * 1.05 * 1.1 * 0.8)
 
 
 def slow_rewards(score: float, kl: list[float], kl_coefficient: float, clip: float) -> list[float]:
@@ -224,7 +273,7 @@ def slow_policy_loss(
 def test_policy_loss(batch: tuple[list[int], list[Any]], clip_range: float) -> None:
     lengths, (new, old, advantages) = batch
 
-    loss, clipped = ppo.policy_loss(
+    loss, clipped, ratio, kl = ppo.policy_loss(
         new, old, advantages, mask_of(lengths, new.shape[1]), clip_range
     )
 
@@ -236,6 +285,14 @@ def test_policy_loss(batch: tuple[list[int], list[Any]], clip_range: float) -> N
     ]
     assert float(loss) == pytest.approx(sum(part for part, _ in slow), rel=1e-9, abs=1e-9)
     assert int(clipped) == sum(count for _, count in slow)
+    ratios = [
+        math.exp(max(-20, min(20, float(new[i, t] - old[i, t]))))
+        for i, n in enumerate(lengths)
+        for t in range(n)
+    ]
+    assert float(ratio) == pytest.approx(sum(ratios), rel=1e-9, abs=1e-9)
+    divergence = sum(each - 1 - math.log(each) for each in ratios)
+    assert float(kl) == pytest.approx(divergence, rel=1e-9, abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -253,30 +310,32 @@ def test_policy_loss_by_hand(
 ) -> None:
     new = torch.tensor([[math.log(ratio)]], requires_grad=True)
 
-    found, count = ppo.policy_loss(
+    found, count, moved, _ = ppo.policy_loss(
         new, torch.zeros(1, 1), torch.tensor([[advantage]]), mask_of([1], 1), 0.2
     )
     found.backward()
 
     assert found.item() == pytest.approx(loss)
     assert int(count) == clipped
+    assert moved.item() == pytest.approx(ratio)
     assert new.grad.item() == pytest.approx(slope, abs=1e-6)
 
 
 def test_clipping_is_counted_in_answers_only() -> None:
     new = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]])
 
-    _, count = ppo.policy_loss(new, torch.zeros(2, 3), torch.ones(2, 3), mask_of([2, 0], 3), 0.2)
+    found = ppo.policy_loss(new, torch.zeros(2, 3), torch.ones(2, 3), mask_of([2, 0], 3), 0.2)
 
-    assert int(count) == 2
+    assert int(found.clipped) == 2
+    assert found.ratio.item() == pytest.approx(2 * math.e)
 
 
 def test_a_ratio_beyond_all_bounds_stays_finite() -> None:
     new = torch.tensor([[0.0]], requires_grad=True)
 
-    loss, _ = ppo.policy_loss(
+    loss = ppo.policy_loss(
         new, torch.tensor([[-500.0]]), torch.tensor([[-1.0]]), mask_of([1], 1), 0.2
-    )
+    ).loss
     loss.backward()
 
     assert loss.item() == pytest.approx(math.exp(20), rel=1e-5)
@@ -331,10 +390,10 @@ def test_padding_gets_no_gradient_and_spoils_none(batch: tuple[list[int], list[A
     new, old, target = (torch.where(mask, tensor, 1e3) for tensor in tensors)
     impossible = torch.where(mask, tensors[0], -math.inf)
     for start, loss_of in (
-        (new, lambda x: ppo.policy_loss(x, old, target, mask, 0.2)[0]),
+        (new, lambda x: ppo.policy_loss(x, old, target, mask, 0.2).loss),
         (new, lambda x: ppo.value_loss(x, old, target, mask, 0.2)),
         # Some models give the padding token a logit of minus infinity.
-        (impossible, lambda x: ppo.policy_loss(x, impossible, target, mask, 0.2)[0]),
+        (impossible, lambda x: ppo.policy_loss(x, impossible, target, mask, 0.2).loss),
     ):
         leaf = start.clone().requires_grad_()
 
@@ -351,7 +410,7 @@ def test_losses_are_sums_so_micro_batches_add_up(
     lengths, tensors = batch
     mask = mask_of(lengths, tensors[0].shape[1])
     for loss_of in (
-        lambda *inputs: ppo.policy_loss(*inputs, 0.2)[0],
+        lambda *inputs: ppo.policy_loss(*inputs, 0.2).loss,
         lambda *inputs: ppo.value_loss(*inputs, 0.2),
     ):
         whole = loss_of(*tensors, mask)

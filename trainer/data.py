@@ -80,7 +80,7 @@ def load_prompts(settings: Settings, tokenizer: Any, device: torch.device) -> Pr
             settings.dataset.weights,
             settings.seed,
         )
-    return Prompts(_to_all_ranks(ids, device), settings.seed)
+    return Prompts(to_all_ranks(ids, device), settings.seed)
 
 
 def read(path: str, settings: Settings, tokenizer: Any) -> list[list[int]]:
@@ -91,8 +91,10 @@ def read(path: str, settings: Settings, tokenizer: Any) -> list[list[int]]:
     """
     with tempfile.TemporaryDirectory() as cache:
         rows = _open(path, settings.dataset.split, cache)
-        column = _column(path, rows, settings.dataset.prompt_column)
-        ids = _tokenize([_prompt(path, column, value) for value in rows[column]], tokenizer)
+        wanted = settings.dataset.prompt_column
+        candidates = [wanted] if wanted else ["prompt", "messages", "chosen"]
+        column = _column(path, rows, candidates, "HL_DATASET_PROMPT_COLUMN")
+        ids = tokenize([_prompt(path, column, value) for value in rows[column]], tokenizer)
     limit = settings.dataset.max_prompt_tokens
     kept = [prompt for prompt in ids if 0 < len(prompt) <= limit]
     print(
@@ -104,6 +106,21 @@ def read(path: str, settings: Settings, tokenizer: Any) -> list[list[int]]:
             "(HL_DATASET_MAX_PROMPT_TOKENS)"
         )
     return kept
+
+
+def read_texts(path: str, split: str, column: str) -> list[str]:
+    """The texts in a column of one data set.
+
+    Raises:
+        TrainerError: it cannot be read, or has no such column of texts.
+    """
+    with tempfile.TemporaryDirectory() as cache:
+        rows = _open(path, split, cache)
+        texts: list[str] = list(rows[_column(path, rows, [column], "HL_PRETRAINING_COLUMN")])
+    for text in texts:
+        if not isinstance(text, str):
+            raise TrainerError(f"{path}: column {column} holds {text!r}, which is no text")
+    return texts
 
 
 def blend(
@@ -173,14 +190,13 @@ def _open(path: str, split: str, cache: str) -> Any:
     return saved
 
 
-def _column(path: str, rows: Dataset, wanted: str | None) -> str:
-    candidates = [wanted] if wanted else ["prompt", "messages", "chosen"]
+def _column(path: str, rows: Dataset, candidates: list[str], variable: str) -> str:
     for column in candidates:
         if column in rows.column_names:
             return column
     raise TrainerError(
         f"{path}: has no column {' or '.join(candidates)}; it has {', '.join(rows.column_names)} "
-        "(HL_DATASET_PROMPT_COLUMN)"
+        f"({variable})"
     )
 
 
@@ -200,8 +216,8 @@ def _prompt(path: str, column: str, value: Any) -> str | list[dict[str, str]]:
     raise TrainerError(f"{path}: column {column} holds neither text nor chat messages: {value!r}")
 
 
-def _tokenize(prompts: Sequence[str | list[dict[str, str]]], tokenizer: Any) -> list[list[int]]:
-    """All prompts of a data set in one call: tokenizers work on many texts side by side."""
+def tokenize(prompts: Sequence[str | list[dict[str, str]]], tokenizer: Any) -> list[list[int]]:
+    """All texts or chats of a data set in one call: tokenizers work on many texts side by side."""
     if not prompts:
         return []
     if isinstance(prompts[0], str):
@@ -222,7 +238,7 @@ def _tokenize(prompts: Sequence[str | list[dict[str, str]]], tokenizer: Any) -> 
     return encoded
 
 
-def _to_all_ranks(ids: list[list[int]], device: torch.device) -> list[list[int]]:
+def to_all_ranks(ids: list[list[int]], device: torch.device) -> list[list[int]]:
     """Rank 0's prompts on every rank: one tensor of lengths, one of ids."""
     count = torch.tensor([len(ids), sum(len(prompt) for prompt in ids)], device=device)
     dist.broadcast(count, src=0)

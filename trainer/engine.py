@@ -90,8 +90,10 @@ def trained(
         optimizer,
         learning_rate_factor(settings.optimizer.lr_scheduler, settings.num_warmup_steps, updates),
     )
+    # With texts to go on learning from, a micro batch of them follows each of the actor's own.
+    mixed = is_actor and settings.pretraining.path is not None
     config = _config(settings, own.zero_stage) | {
-        "train_batch_size": settings.gbs,
+        "train_batch_size": settings.gbs // settings.ppo.minibatches * (2 if mixed else 1),
         "train_micro_batch_size_per_gpu": settings.mbs,
         "gradient_clipping": settings.optimizer.gradient_clipping,
         # torch's own AdamW rather than DeepSpeed's, which would be compiled at the first start.

@@ -26,7 +26,7 @@ class Experience:
         logprobs, values: [b, r], of the policy and critic that sampled.
         reference: [b, r], the reference's log-probs; both log-probs are 0 in padding.
         scores: [b], the reward model's, not clipped.
-        advantages, returns: [b, r]; advantages are whitened over the global batch.
+        advantages, returns: [b, r]; advantages are whitened over the global batch, if at all.
     """
 
     sequences: Tensor
@@ -44,7 +44,7 @@ class Experience:
         """r, the columns of the answers."""
         return self.answer_mask.shape[1]
 
-    def micro_batches(self, size: int) -> Iterator[Experience]:
+    def split(self, size: int) -> Iterator[Experience]:
         """The rows in order, `size` at a time."""
         parts = zip(*(getattr(self, field.name).split(size) for field in fields(self)), strict=True)
         for part in parts:
@@ -60,6 +60,7 @@ def score(
     reward: Any,
     settings: Settings,
     device: Device,
+    kl_coefficient: float,
 ) -> Experience:
     """Score a rollout with all four models; dropout is off, as it was when the actor sampled.
 
@@ -69,6 +70,7 @@ def score(
         reference, reward: engines or modules.
         settings: all of them.
         device: the rank's.
+        kl_coefficient: weight of the KL penalty.
     """
     width = rollout.answer_width
     temperature = settings.generation.temperature
@@ -94,6 +96,7 @@ def score(
         torch.cat(values),
         torch.cat(scores),
         settings,
+        kl_coefficient,
     )
 
 
@@ -104,6 +107,7 @@ def assemble(
     values: Tensor,
     scores: Tensor,
     settings: Settings,
+    kl_coefficient: float,
 ) -> Experience:
     """Rewards, advantages and returns from the models' outputs.
 
@@ -112,20 +116,20 @@ def assemble(
         logprobs, reference, values: [b, r].
         scores: [b].
         settings: the PPO settings are read.
+        kl_coefficient: weight of the KL penalty.
     """
     mask = rollout.answer_mask
     # Padding may have the probability 0, and minus infinity times 0 is no number.
     logprobs = torch.where(mask, logprobs, 0)
     reference = torch.where(mask, reference, 0)
-    kl = ppo.kl_estimate(logprobs, reference)
-    rewards = ppo.token_rewards(scores, kl, mask, settings.ppo.kl_coefficient, settings.reward.clip)
+    kl = ppo.kl_estimate(logprobs, reference, settings.ppo.kl_estimator)
+    rewards = ppo.token_rewards(scores, kl, mask, kl_coefficient, settings.reward.clip)
     advantages, returns = ppo.advantages_and_returns(
         rewards, values, mask, settings.ppo.gamma, settings.ppo.gae_lambda
     )
-    # Two passes: in fp32, a mean of squares less a squared mean would lose a small variance.
-    total, count = summed(torch.stack([advantages.sum(), mask.sum()]))
-    mean = total / count
-    variance = summed(((advantages - mean) ** 2 * mask).sum()) / count
+    if settings.ppo.whiten_advantages:
+        mean, variance = moments(advantages, mask)
+        advantages = ppo.whiten(advantages, mask, mean, variance)
     return Experience(
         sequences=rollout.sequences,
         attention_mask=rollout.attention_mask,
@@ -134,6 +138,25 @@ def assemble(
         values=values,
         reference=reference,
         scores=scores,
-        advantages=ppo.whiten(advantages, mask, mean, variance),
+        advantages=advantages,
         returns=returns,
     )
+
+
+def moments(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance over the valid tokens of the global batch; all ranks have to call it.
+
+    Args:
+        values: [..., b, r].
+        mask: [b, r].
+
+    Returns:
+        Both of the leading shape of `values`.
+    """
+    values = torch.where(mask, values, 0)
+    count = mask.sum().to(values.dtype)
+    # Two passes: in fp32, a mean of squares less a squared mean would lose a small variance.
+    count, *_ = total = summed(torch.cat([count.view(1), values.sum((-2, -1)).view(-1)]))
+    mean = (total[1:] / count).view(values.shape[:-2])
+    squares = ((values - mean[..., None, None]) ** 2 * mask).sum((-2, -1))
+    return mean, summed(squares) / count

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from hlrlhf.settings import Settings
 from hlrlhf.settings.schema import Actor, Critic
-from hlrlhf.trainer import checkpoint, data, engine, lora, models, ppo
+from hlrlhf.trainer import checkpoint, data, engine, lora, models, ppo, pretraining
 from hlrlhf.trainer import experience as experiences
 from hlrlhf.trainer import rollout as rollouts
 from hlrlhf.trainer.device import Device
@@ -20,6 +20,7 @@ from hlrlhf.trainer.errors import TrainerError
 from hlrlhf.trainer.experience import Experience
 from hlrlhf.trainer.metrics import Recorder, means
 from hlrlhf.trainer.rollout import Rollout
+from hlrlhf.trainer.update import update
 
 
 def train(settings: Settings, run: Path, device: Device, warned: Callable[[], bool]) -> bool:
@@ -41,6 +42,7 @@ def train(settings: Settings, run: Path, device: Device, warned: Callable[[], bo
     engine.check_hybrid_engine(settings)
     tokenizer = models.load_tokenizer(settings.actor.model_path)
     prompts = data.load_prompts(settings, tokenizer, device.torch)
+    mix = pretraining.load_mix(settings, tokenizer, device)
     total_steps = settings.epochs * len(prompts.ids) // settings.gbs
     if settings.run_steps:
         total_steps = min(total_steps, settings.run_steps)
@@ -51,7 +53,7 @@ def train(settings: Settings, run: Path, device: Device, warned: Callable[[], bo
         )
 
     torch.manual_seed(settings.seed)
-    updates = total_steps * settings.ppo.epochs
+    updates = total_steps * settings.ppo.epochs * settings.ppo.minibatches
     actor, critic, reference, reward = _load(settings, tokenizer, device, updates)
     end_tokens = models.end_tokens(actor.module, tokenizer)
     padding = end_tokens[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -71,21 +73,31 @@ def train(settings: Settings, run: Path, device: Device, warned: Callable[[], bo
         recorder = Recorder(run, board, total_steps)
         print(f"{total_steps} steps of {settings.gbs} prompts on {settings.world_size} ranks")
 
-    rows = settings.per_device_batch_size
+    kl = ppo.KlController(
+        settings.ppo.kl_coefficient,
+        settings.ppo.kl_target if settings.ppo.kl_controller == "adaptive" else None,
+        settings.ppo.kl_horizon,
+    )
     complete = True
     began = time.perf_counter()
     for step in range(total_steps):
         clock = Clock(device)
         rates = _learning_rates(actor, critic)
-        batch = prompts.batch(step, settings.gbs)[rank * rows : (rank + 1) * rows]
+        # In turn, so that a part of each rank's rows is a part of the global batch's, in order.
+        batch = prompts.batch(step, settings.gbs)[rank :: settings.world_size]
         rollout = rollouts.generate(actor, [prompts.ids[i] for i in batch], sampling, device)
         clock.lap("generate_seconds")
-        experience = experiences.score(rollout, actor, critic, reference, reward, settings, device)
+        experience = experiences.score(
+            rollout, actor, critic, reference, reward, settings, device, kl.coefficient
+        )
         clock.lap("score_seconds")
-        losses = update(experience, actor, critic, settings, device)
+        losses = update(experience, actor, critic, mix, settings, device)
         clock.lap("update_seconds")
 
         values = means(_totals(rollout, experience) | losses)
+        values["explained_variance"] = _explained_variance(experience)
+        values["kl_coefficient"] = kl.coefficient
+        kl.update(values["kl"], settings.gbs)
         values |= rates | _gradient_norms(actor, critic) | clock.laps
         # From one record to the next: nothing that a step costs is left out.
         values["seconds"] = time.perf_counter() - began
@@ -107,59 +119,6 @@ def train(settings: Settings, run: Path, device: Device, warned: Callable[[], bo
         print(recorder.close())
         print(f"actor and critic are in {saved_models / name}", flush=True)
     return complete
-
-
-def update(
-    experience: Experience, actor: Any, critic: Any, settings: Settings, device: Device
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """One optimizer step per PPO epoch on a rollout, gradients accumulated over micro batches.
-
-    Returns:
-        This rank's sums and weights of the losses, for `means`.
-    """
-    actor.train()
-    critic.train()
-    tokens = experience.answer_mask.sum().float()
-    # Each token of the global batch counts the same, however rows are spread over micro batches and
-    # ranks. DeepSpeed divides by the ranks, so that is taken back.
-    share = settings.world_size / engine.summed(tokens.clone())
-    sums = torch.zeros(3, device=device.torch)
-    for _ in range(settings.ppo.epochs):
-        # One model after the other, so that the gradients of one at a time take up memory.
-        for micro in experience.micro_batches(settings.mbs):
-            logprobs = actor(
-                micro.sequences,
-                micro.attention_mask,
-                micro.answer_width,
-                settings.generation.temperature,
-            )
-            loss, clipped = ppo.policy_loss(
-                logprobs,
-                micro.logprobs,
-                micro.advantages,
-                micro.answer_mask,
-                settings.ppo.clip_range,
-            )
-            actor.backward(loss * share, scale_wrt_gas=False)
-            actor.step()
-            device.step_done()
-            sums[0] += loss.detach()
-            sums[1] += clipped
-        for micro in experience.micro_batches(settings.mbs):
-            values = critic(micro.sequences, micro.attention_mask, micro.answer_width)[:, :-1]
-            loss = ppo.value_loss(
-                values,
-                micro.values,
-                micro.returns,
-                micro.answer_mask,
-                settings.ppo.value_clip_range,
-            )
-            critic.backward(loss * share, scale_wrt_gas=False)
-            critic.step()
-            device.step_done()
-            sums[2] += loss.detach()
-    names = ("actor_loss", "clip_fraction", "critic_loss")
-    return {name: (sums[i], tokens * settings.ppo.epochs) for i, name in enumerate(names)}
 
 
 class Clock:
@@ -191,9 +150,15 @@ def _load(
         models.check_vocabulary(tokenizer, role, model)
         return model
 
+    def policy(role: str, dropout: float) -> Any:
+        path, chunk = settings.actor.model_path, settings.ppo.logprob_chunk
+        return checked(role, models.load_policy(path, dtype, dropout, chunk))
+
     def trainable(role: str, own: Actor | Critic) -> Any:
-        load = models.load_policy if isinstance(own, Actor) else models.load_scorer
-        model = checked(role, load(own.model_path, dtype, own.dropout))
+        if isinstance(own, Actor):
+            model: Any = policy(role, own.dropout)
+        else:
+            model = checked(role, models.load_scorer(own.model_path, dtype, own.dropout))
         if own.cp_act:
             model.inner.gradient_checkpointing_enable({"use_reentrant": False})
         if settings.lora.dim:
@@ -202,8 +167,7 @@ def _load(
 
     actor = trainable("actor", settings.actor)
     critic = trainable("critic", settings.critic)
-    policy = checked("reference", models.load_policy(settings.actor.model_path, dtype, 0.0))
-    reference = engine.frozen(policy, settings.actor.zero_stage, settings, device)
+    reference = engine.frozen(policy("reference", 0.0), settings.actor.zero_stage, settings, device)
     reward_path = settings.reward.model_path or settings.critic.model_path
     scorer = checked("reward model", models.load_scorer(reward_path, dtype, 0.0))
     reward = engine.frozen(scorer, settings.critic.zero_stage, settings, device)
@@ -229,6 +193,13 @@ def _totals(
         "value": ((experience.values * mask).sum(), tokens),
         "return": (experience.returns.sum(), tokens),
     }
+
+
+def _explained_variance(experience: Experience) -> float:
+    """Of the returns by the values that the critic gave before the update, 1 at best."""
+    both = torch.stack([experience.returns, experience.returns - experience.values])
+    _, (returns, errors) = experiences.moments(both, experience.answer_mask)
+    return 1 - float(errors / returns) if returns else 0.0
 
 
 def _learning_rates(actor: Any, critic: Any) -> dict[str, float]:

@@ -15,6 +15,7 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -52,14 +53,19 @@ DERIVED_BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".a
 class Policy(nn.Module):
     """A causal language model whose forward gives the log-probs of the answers.
 
+    Args:
+        lm: the language model.
+        logprob_chunk: answer tokens whose logits are computed at a time; 0: all.
+
     Attributes:
         lm: the language model, in peft's wrapper when it has adapters.
         generation_config: the checkpoint's own, which the saved model gets again.
     """
 
-    def __init__(self, lm: Any):
+    def __init__(self, lm: Any, logprob_chunk: int = 0):
         super().__init__()
         self.lm = lm
+        self.logprob_chunk = logprob_chunk
         self.generation_config = lm.generation_config
 
     @property
@@ -87,9 +93,13 @@ class Policy(nn.Module):
             "use_cache": False,
             **_positions(self.lm, attention_mask),
         }
+        answers = sequences[:, -answer_width:]
         # The head is not run on prompt tokens: on BLOOM 1.1B it is a third of a forward.
         kept = answer_width + 1
         plain = unwrapped(self.lm)
+        if self.logprob_chunk:
+            hidden = plain.base_model(**inputs).last_hidden_state[:, -kept:-1]
+            return self._logprobs_in_chunks(hidden, answers, temperature)
         if "logits_to_keep" in inspect.signature(plain.forward).parameters:
             logits = self.lm(**inputs, logits_to_keep=kept).logits
         elif plain.config.model_type == "bloom":  # Gaudi's transformers has no such argument there
@@ -97,8 +107,26 @@ class Policy(nn.Module):
             logits = plain.lm_head(hidden[:, -kept:])
         else:
             logits = self.lm(**inputs).logits[:, -kept:]
-        answers = sequences[:, -answer_width:]
         return ppo.token_logprobs(logits[:, :-1], answers, temperature)
+
+    def _logprobs_in_chunks(self, hidden: Tensor, answers: Tensor, temperature: float) -> Tensor:
+        """Log-probs from hidden states [b, r, h], with the logits of one chunk in memory at a time.
+
+        Those of the backward pass are computed again.
+        """
+        head = unwrapped(self.lm).get_output_embeddings()
+
+        def logprobs(states: Tensor, tokens: Tensor) -> Tensor:
+            return ppo.token_logprobs(head(states), tokens, temperature)
+
+        chunks = zip(
+            torch.split(hidden, self.logprob_chunk, dim=1),
+            torch.split(answers, self.logprob_chunk, dim=1),
+            strict=True,
+        )
+        return torch.cat(
+            [checkpoint(logprobs, *chunk, use_reentrant=False) for chunk in chunks], dim=1
+        )
 
     def generate(self, **arguments: Any) -> Tensor:
         """The language model's own ``generate``."""
@@ -154,16 +182,18 @@ def load_tokenizer(path: str) -> Any:
         raise TrainerError(f"{path}: no tokenizer can be loaded from it: {error}") from error
 
 
-def load_policy(path: str, dtype: str, dropout: float) -> Policy:
+def load_policy(path: str, dtype: str, dropout: float, logprob_chunk: int = 0) -> Policy:
     """An actor or reference.
 
     Args:
         path: a Hugging Face folder or Hub name.
         dtype: ``bf16`` or ``fp32``.
         dropout: for every dropout that the architecture has.
+        logprob_chunk: see `Policy`.
 
     Raises:
-        TrainerError: the checkpoint cannot be read or lacks weights.
+        TrainerError: the checkpoint cannot be read or lacks weights, or its logits are not those of
+            its head, so that they cannot be computed in chunks.
     """
     try:
         lm, report = AutoModelForCausalLM.from_pretrained(
@@ -172,7 +202,24 @@ def load_policy(path: str, dtype: str, dropout: float) -> Policy:
     except UNREADABLE as error:
         raise TrainerError(f"{path}: no causal language model can be loaded: {error}") from error
     _strict(path, report["missing_keys"], report["unexpected_keys"])
-    return Policy(lm)
+    policy = Policy(lm, logprob_chunk)
+    if logprob_chunk:
+        _check_chunks(path, policy)
+    return policy
+
+
+@torch.no_grad()
+def _check_chunks(path: str, policy: Policy) -> None:
+    """Some architectures scale or cap what their head gives; those logits need the whole model."""
+    tokens = torch.tensor([[1, 2, 3]])
+    mask = torch.ones_like(tokens)
+    in_chunks = policy(tokens, mask, 2, 1.0)
+    whole = Policy(policy.lm)(tokens, mask, 2, 1.0)
+    if not torch.allclose(in_chunks, whole, atol=0.05):
+        raise TrainerError(
+            f"{path}: {type(policy.lm).__name__} changes the logits after its head, so they cannot "
+            "be computed in chunks; set HL_PPO_LOGPROB_CHUNK=0"
+        )
 
 
 def load_scorer(path: str, dtype: str, dropout: float) -> Scorer:

@@ -15,6 +15,8 @@ RLHF, "The N+ Implementation Details of RLHF with PPO" (arXiv 2403.17031).
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -38,16 +40,56 @@ def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor
     return chosen - logits.logsumexp(-1)
 
 
-def kl_estimate(logprobs: Tensor, reference: Tensor) -> Tensor:
-    """The k1 estimate of the KL divergence per token: log p - log p_ref.
+def kl_estimate(logprobs: Tensor, reference: Tensor, estimator: str = "k1") -> Tensor:
+    """An estimate of the KL divergence from the reference, of each sampled token.
+
+    With d = log p - log p_ref: k1 = d, k2 = d² / 2, k3 = exp(-d) - 1 + d. All see the sampled token
+    only. k1 and k3 are unbiased and k1 may be negative; k2 has a small bias, and neither it nor k3
+    is ever negative. (J. Schulman, "Approximating KL Divergence", 2020.)
 
     Args:
         logprobs, reference: [b, r].
+        estimator: ``k1``, ``k2`` or ``k3``.
 
     Returns:
-        [b, r]; single values may be negative, their mean over samples of p is not, in expectation.
+        [b, r].
     """
-    return logprobs - reference
+    difference = logprobs - reference
+    if estimator == "k1":
+        return difference
+    if estimator == "k2":
+        return difference**2 / 2
+    return (-difference).clamp(max=MAX_LOG_RATIO).exp() - 1 + difference
+
+
+class KlController:
+    """The coefficient of the KL penalty: fixed, or drawn towards a target.
+
+    After each rollout of n answers the adaptive one is multiplied by
+    1 + clip(KL / target - 1, ±0.2) * n / horizon, from "Fine-Tuning Language Models from Human
+    Preferences" (arXiv 1909.08593).
+
+    Args:
+        coefficient: where it starts.
+        target: KL divergence of a whole answer, in nats; None keeps the coefficient.
+        horizon: in answers.
+    """
+
+    def __init__(self, coefficient: float, target: float | None, horizon: int):
+        self.coefficient = coefficient
+        self._target = target
+        self._horizon = horizon
+
+    def update(self, kl: float, answers: int) -> None:
+        """Take a rollout into account.
+
+        Args:
+            kl: mean over its answers, in nats.
+            answers: how many it has, of all ranks.
+        """
+        if self._target is not None:
+            error = max(-0.2, min(0.2, kl / self._target - 1))
+            self.coefficient *= 1 + error * answers / self._horizon
 
 
 def token_rewards(
@@ -104,9 +146,25 @@ def advantages_and_returns(
     return advantages, advantages + values
 
 
+class PolicyLoss(NamedTuple):
+    """Sums over valid tokens, scalars; all but the loss are without gradient.
+
+    Attributes:
+        loss: the clipped surrogate.
+        clipped: tokens on which the clipping was active.
+        ratio: rho.
+        kl: k3 estimate of the divergence of the policy in training from the one that sampled.
+    """
+
+    loss: Tensor
+    clipped: Tensor
+    ratio: Tensor
+    kl: Tensor
+
+
 def policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip_range: float
-) -> tuple[Tensor, Tensor]:
+) -> PolicyLoss:
     """The clipped surrogate: sum over valid tokens of max(-A * rho, -A * clip(rho, 1 ± eps)).
 
     Args:
@@ -114,16 +172,20 @@ def policy_loss(
         old_logprobs, advantages: [b, r], of the rollout, without gradient.
         mask: [b, r].
         clip_range: eps.
-
-    Returns:
-        The summed loss, and the number of tokens on which the clipping was active, both scalars.
     """
     log_ratio = (logprobs - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    ratio = torch.where(mask, log_ratio, 0).exp()
+    log_ratio = torch.where(mask, log_ratio, 0)
+    ratio = log_ratio.exp()
     free = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
     loss = torch.where(mask, torch.maximum(free, clipped), 0).sum()
-    return loss, ((clipped > free) & mask).sum()
+    with torch.no_grad():
+        return PolicyLoss(
+            loss,
+            clipped=((clipped > free) & mask).sum(),
+            ratio=(ratio * mask).sum(),
+            kl=(ratio - 1 - log_ratio).sum(),
+        )
 
 
 def value_loss(

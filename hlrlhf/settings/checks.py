@@ -29,6 +29,18 @@ def contradictions(settings: Settings, values: Mapping[str, Given]) -> Iterator[
             f"the global batch must be a multiple of nodes x devices x micro batch = {per_step}; "
             f"nearest: {' or '.join(fitting)}",
         )
+    elif settings.gradient_accumulation_steps % settings.ppo.minibatches:
+        count = settings.gradient_accumulation_steps
+        divisors = [str(one) for one in range(1, count + 1) if count % one == 0]
+        yield (
+            ("ppo.minibatches", "gbs", "mbs", "num_nodes", "devices_per_node"),
+            f"a device has {count} micro batches, which can make {', '.join(divisors)} minibatches",
+        )
+    if settings.ppo.kl_controller == "adaptive" and settings.ppo.kl_coefficient == 0:
+        yield (
+            ("ppo.kl_controller", "ppo.kl_coefficient"),
+            "the adaptive controller multiplies the coefficient, and 0 stays 0",
+        )
     memory = tuple(
         name
         for name in ("slurm.mem", "slurm.mem_per_cpu", "slurm.mem_per_gpu")

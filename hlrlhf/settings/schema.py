@@ -196,13 +196,65 @@ class Ppo(Group):
     """The PPO update."""
 
     epochs: Positive = Field(1, description="Passes over each rollout.")
+    minibatches: Positive = Field(
+        1,
+        description="Optimizer steps of each pass, each on an equal part of the rollout; must "
+        "divide the micro batches of a device.",
+    )
     kl_coefficient: NonNegative = Field(
         0.1, description="Weight of the per-token KL penalty against the reference."
+    )
+    kl_controller: Literal["fixed", "adaptive"] = Field(
+        "fixed",
+        description="Whether the KL coefficient stays, or is drawn to where the KL divergence is "
+        "`ppo.kl_target`.",
+    )
+    kl_target: Rate = Field(
+        6.0,
+        description="KL divergence that the adaptive controller aims at.",
+        json_schema_extra=unit("nats per answer"),
+    )
+    kl_horizon: Positive = Field(
+        10000,
+        description="How slowly the adaptive controller moves.",
+        json_schema_extra=unit("answers"),
+    )
+    kl_estimator: Literal["k1", "k2", "k3"] = Field(
+        "k1",
+        description="Estimate of the KL divergence in the penalty: d, d²/2 or exp(-d) - 1 + d, "
+        "where d = log p - log p_ref.",
     )
     clip_range: Rate = Field(0.2, description="Clip range of the policy ratio.")
     value_clip_range: Rate = Field(0.2, description="Clip range of the value update.")
     gamma: UpToOne = Field(1.0, description="Discount factor.")
     gae_lambda: UpToOne = Field(0.95, description="Lambda of generalised advantage estimation.")
+    whiten_advantages: bool = Field(
+        True, description="Shift and scale advantages to mean 0 and variance 1 over the rollout."
+    )
+    logprob_chunk: Count = Field(
+        0,
+        description="Compute logits for this many answer tokens at a time, for less memory and "
+        "more computation; 0: for all at once.",
+        json_schema_extra=unit("tokens"),
+    )
+
+
+class Pretraining(Group):
+    """A language-modelling loss beside the actor's, against forgetting (PPO-ptx)."""
+
+    path: Text | None = Field(
+        None,
+        description="Texts to go on learning from, in the forms of `dataset.path`; unset: none.",
+    )
+    column: Text = Field("text", description="Column that holds the texts.")
+    coefficient: NonNegative = Field(
+        27.8, description="Weight of their mean loss per token beside the PPO loss."
+    )
+    max_tokens: Annotated[int, Field(ge=2)] = Field(
+        256,
+        description="Texts are joined, and cut into rows of this length.",
+        json_schema_extra=unit("tokens"),
+    )
 
 
 class Optimizer(Group):
@@ -391,6 +443,7 @@ class Settings(Group):
     dataset: Dataset
     generation: Generation = Field(default_factory=Generation)
     ppo: Ppo = Field(default_factory=Ppo)
+    pretraining: Pretraining = Field(default_factory=Pretraining)
     optimizer: Optimizer = Field(default_factory=Optimizer)
     hpu: Hpu = Field(default_factory=Hpu)
     slurm: Slurm = Field(default_factory=Slurm)

@@ -1,0 +1,85 @@
+"""The language-modelling loss beside the actor's PPO loss, on texts of their own.
+
+This is PPO-ptx of "Training Language Models to Follow Instructions with Human Feedback" (arXiv
+2203.02155), which keeps an actor from forgetting what it could before.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hlrlhf.settings import Settings
+from hlrlhf.trainer import data
+from hlrlhf.trainer.device import Device
+from hlrlhf.trainer.errors import TrainerError
+
+
+class Mix:
+    """Rows of text that are taken micro batch by micro batch, over and over.
+
+    Args:
+        rows: token ids, all of one length.
+        settings: all of them.
+        device: the rank's.
+    """
+
+    def __init__(self, rows: data.Prompts, settings: Settings, device: Device):
+        self._rows = rows
+        self._settings = settings
+        self._device = device
+        self._taken = 0
+
+    def loss(self, actor: Any) -> tuple[Tensor, Tensor]:
+        """The loss of this rank's next micro batch, ready for DeepSpeed, which divides by ranks.
+
+        Args:
+            actor: the engine.
+
+        Returns:
+            The loss with gradient, a scalar; and [2], the summed negative log-probs and the tokens.
+        """
+        settings = self._settings
+        ranks = settings.world_size
+        picked = self._rows.batch(self._taken, ranks * settings.mbs)[dist.get_rank() :: ranks]
+        self._taken += 1
+        tokens = torch.tensor([self._rows.ids[i] for i in picked], device=self._device.torch)
+        width = tokens.shape[1] - 1
+        logprobs = actor(tokens, torch.ones_like(tokens), width, 1.0)
+        negative = -logprobs.sum()
+        in_minibatch = settings.gbs // settings.ppo.minibatches * width
+        loss = settings.pretraining.coefficient * negative * ranks / in_minibatch
+        return loss, torch.stack([negative.detach(), torch.tensor(logprobs.numel()).to(negative)])
+
+
+def load_mix(settings: Settings, tokenizer: Any, device: Device) -> Mix | None:
+    """The texts on every rank, joined by end tokens and cut into rows; None when there are none.
+
+    Raises:
+        TrainerError: on rank 0, when the texts cannot be read or do not fill a row.
+    """
+    if settings.pretraining.path is None:
+        return None
+    rows: list[list[int]] = []
+    if dist.get_rank() == 0:
+        rows = _rows(settings.pretraining.path, settings, tokenizer)
+    return Mix(data.Prompts(data.to_all_ranks(rows, device.torch), settings.seed), settings, device)
+
+
+def _rows(path: str, settings: Settings, tokenizer: Any) -> list[list[int]]:
+    texts = data.read_texts(path, settings.dataset.split, settings.pretraining.column)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ids = list(chain.from_iterable(one + end for one in data.tokenize(texts, tokenizer)))
+    width = settings.pretraining.max_tokens
+    rows = [ids[start : start + width] for start in range(0, len(ids) - width + 1, width)]
+    print(f"{path}: {len(texts)} texts make {len(rows)} rows of {width} tokens")
+    if not rows:
+        raise TrainerError(
+            f"{path}: its texts have {len(ids)} tokens, less than a row of {width} "
+            "(HL_PRETRAINING_MAX_TOKENS)"
+        )
+    return rows

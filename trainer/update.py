@@ -1,0 +1,89 @@
+"""Experience → update: the optimizer steps on actor and critic."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hlrlhf.settings import Settings
+from hlrlhf.trainer import engine, ppo
+from hlrlhf.trainer.device import Device
+from hlrlhf.trainer.experience import Experience
+from hlrlhf.trainer.pretraining import Mix
+
+
+def update(
+    experience: Experience,
+    actor: Any,
+    critic: Any,
+    mix: Mix | None,
+    settings: Settings,
+    device: Device,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """All optimizer steps on a rollout, gradients accumulated over micro batches.
+
+    Args:
+        experience: this rank's.
+        actor, critic: engines.
+        mix: of the language-modelling loss beside the actor's, or None.
+        settings: all of them.
+        device: the rank's.
+
+    Returns:
+        This rank's sums and weights of what the update shows, for `metrics.means`.
+    """
+    actor.train()
+    critic.train()
+    policy = torch.zeros(4, device=device.torch)
+    values = torch.zeros((), device=device.torch)
+    texts = torch.zeros(2, device=device.torch)
+    for _ in range(settings.ppo.epochs):
+        for minibatch in experience.split(len(experience.scores) // settings.ppo.minibatches):
+            # Each token of the minibatch counts the same, however its rows are spread over micro
+            # batches and ranks. DeepSpeed divides by the ranks, so that is taken back.
+            share = settings.world_size / engine.summed(minibatch.answer_mask.sum().float())
+            # One model after the other, so that the gradients of one at a time take up memory.
+            for micro in minibatch.split(settings.mbs):
+                parts = _policy_loss(actor, micro, settings)
+                _descend(actor, parts.loss * share, device)
+                policy += torch.stack(parts).detach()
+                if mix is not None:
+                    loss, seen = mix.loss(actor)
+                    _descend(actor, loss, device)
+                    texts += seen
+            for micro in minibatch.split(settings.mbs):
+                loss = _value_loss(critic, micro, settings)
+                _descend(critic, loss * share, device)
+                values += loss.detach()
+    tokens = experience.answer_mask.sum() * settings.ppo.epochs
+    names = ("actor_loss", "clip_fraction", "ratio", "update_kl")
+    totals = {name: (total, tokens) for name, total in zip(names, policy, strict=True)}
+    totals["critic_loss"] = (values, tokens)
+    if mix is not None:
+        totals["pretraining_loss"] = (texts[0], texts[1])
+    return totals
+
+
+def _policy_loss(actor: Any, micro: Experience, settings: Settings) -> ppo.PolicyLoss:
+    logprobs = actor(
+        micro.sequences, micro.attention_mask, micro.answer_width, settings.generation.temperature
+    )
+    return ppo.policy_loss(
+        logprobs, micro.logprobs, micro.advantages, micro.answer_mask, settings.ppo.clip_range
+    )
+
+
+def _value_loss(critic: Any, micro: Experience, settings: Settings) -> Tensor:
+    values = critic(micro.sequences, micro.attention_mask, micro.answer_width)[:, :-1]
+    return ppo.value_loss(
+        values, micro.values, micro.returns, micro.answer_mask, settings.ppo.value_clip_range
+    )
+
+
+def _descend(model: Any, loss: Tensor, device: Device) -> None:
+    """One micro batch; DeepSpeed takes the optimizer's step after the last of a minibatch."""
+    model.backward(loss, scale_wrt_gas=False)
+    model.step()
+    device.step_done()
