@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,28 @@ def test_a_line_per_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert out[0].startswith("step 1/4  reward 0.5  kl 0.25  length 12  actor_loss -0.5  ")
     assert "1.50 s/step" in out[0]
     assert len(out) == 2
+
+
+def test_a_skipped_step_is_a_record_without_numbers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recorder = Recorder(tmp_path, tmp_path / "tensorboard", 3)
+    recorder.step(values(1.0))
+    skipped = values(math.nan)
+    del skipped["actor_loss"]
+    recorder.step(skipped)
+    recorder.warn("look here")
+    recorder.step(values(3.0))
+
+    assert recorder.close() == (
+        "mean reward 1.000 over the first step, 3.000 over the last step (+2.000)"
+    )
+    found = lines(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in found] == [1, 2, 3]
+    assert found[1]["reward"] is None
+    out = capsys.readouterr().out.splitlines()
+    assert out[1].startswith("step 2/3  reward nan  kl 0.25  length 12  critic_loss ")
+    assert out[2] == "warning: step 2: look here"
 
 
 def test_the_time_left_is_that_of_the_steps_to_come(tmp_path: Path) -> None:

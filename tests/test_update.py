@@ -74,7 +74,8 @@ def updated(folder: Path, *flags: str) -> tuple[dict[str, Any], dict[str, Any]]:
         for model, own in zip(load(folder), (settings.actor, settings.critic), strict=True)
     )
     mix = Mix(data.Prompts(TEXTS, seed=1), settings, cpu) if settings.pretraining.path else None
-    told = update(made(settings), actor, critic, mix, settings, cpu)
+    told, whole = update(made(settings), actor, critic, mix, settings, cpu)
+    assert whole
     weights = {f"actor.{name}": value for name, value in engine.whole_weights(actor).items()}
     weights |= {f"critic.{name}": value for name, value in engine.whole_weights(critic).items()}
     return weights, {name: float(total / weight) for name, (total, weight) in told.items()}

@@ -136,6 +136,35 @@ def frozen(model: Policy | Scorer, zero_stage: int, settings: Settings, device: 
     return engine
 
 
+def descend(engine: Any, loss: Tensor) -> bool:
+    """Backward pass of a micro batch, and after the last of a minibatch the optimizer's step.
+
+    A gradient that is not finite is dropped by all ranks together, and the step skipped.
+
+    Returns:
+        False when a step was skipped.
+    """
+    engine.backward(loss, scale_wrt_gas=False)
+    last = engine.is_gradient_accumulation_boundary()
+    if last and isinstance(engine.optimizer, torch.optim.Optimizer):
+        _check_overflow(engine)
+    engine.step()
+    return not last or engine.was_step_applied()
+
+
+def _check_overflow(engine: Any) -> None:
+    """What DeepSpeed's own optimizers do, for the plain one that it takes in fp32 without ZeRO.
+
+    The gradients are those of all ranks by now, so all ranks find the same.
+    """
+    parameters = [p for p in engine.module.parameters() if p.grad is not None]
+    norm = nn.utils.clip_grad_norm_(parameters, math.inf)
+    engine.optimizer.overflow = not bool(norm.isfinite())
+    if engine.optimizer.overflow:
+        for parameter in parameters:
+            parameter.grad = None  # AdamW leaves such a parameter as it is
+
+
 def parameter_groups(
     model: nn.Module, rate: float, adapter_rate: float, weight_decay: float
 ) -> list[dict[str, Any]]:
@@ -254,7 +283,7 @@ def agreed(flag: bool, device: Device) -> bool:
 
 def _config(settings: Settings, zero_stage: int) -> dict[str, Any]:
     return {
-        "bf16": {"enabled": settings.dtype == "bf16"},
+        "bf16": {"enabled": settings.dtype == "bf16", "check_grad_overflow": True},
         "zero_optimization": {"stage": zero_stage},
         "steps_per_print": math.inf,
     }

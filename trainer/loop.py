@@ -12,12 +12,14 @@ import torch.distributed as dist
 
 from hlrlhf.settings import Settings
 from hlrlhf.settings.schema import Actor, Critic
-from hlrlhf.trainer import checkpoint, data, engine, lora, models, ppo, pretraining
+from hlrlhf.trainer import checkpoint, data, engine, flops, lora, models, ppo, pretraining
 from hlrlhf.trainer import experience as experiences
 from hlrlhf.trainer import rollout as rollouts
 from hlrlhf.trainer.device import Device
 from hlrlhf.trainer.errors import TrainerError
 from hlrlhf.trainer.experience import Experience
+from hlrlhf.trainer.flops import Cost
+from hlrlhf.trainer.guards import Guard
 from hlrlhf.trainer.metrics import Recorder, means
 from hlrlhf.trainer.rollout import Rollout
 from hlrlhf.trainer.update import update
@@ -78,6 +80,9 @@ def train(settings: Settings, run: Path, device: Device, warned: Callable[[], bo
         settings.ppo.kl_target if settings.ppo.kl_controller == "adaptive" else None,
         settings.ppo.kl_horizon,
     )
+    guard = Guard(settings, run, device)
+    scorer = getattr(reward, "module", reward)
+    costs = (flops.cost(actor.module), flops.cost(critic.module), flops.cost(scorer))
     complete = True
     began = time.perf_counter()
     for step in range(total_steps):
@@ -91,21 +96,33 @@ def train(settings: Settings, run: Path, device: Device, warned: Callable[[], bo
             rollout, actor, critic, reference, reward, settings, device, kl.coefficient
         )
         clock.lap("score_seconds")
-        losses = update(experience, actor, critic, mix, settings, device)
+        totals = _totals(rollout, experience)
+        if whole := guard.usable(experience):
+            told, whole = update(experience, actor, critic, mix, settings, device)
+            totals |= told
+        guard.judge(step + 1, whole, experience)
         clock.lap("update_seconds")
 
-        values = means(_totals(rollout, experience) | losses)
+        values = means(totals)
         values["explained_variance"] = _explained_variance(experience)
+        values["skipped_steps"] = guard.skipped
         values["kl_coefficient"] = kl.coefficient
-        kl.update(values["kl"], settings.gbs)
+        if whole:
+            kl.update(values["kl"], settings.gbs)
+        tokens, operations = _work(rollout, costs, settings.ppo.epochs)
         values |= rates | _gradient_norms(actor, critic) | clock.laps
         # From one record to the next: nothing that a step costs is left out.
         values["seconds"] = time.perf_counter() - began
         began = time.perf_counter()
         values["samples_per_second"] = settings.gbs / values["seconds"]
+        values["tokens_per_second"] = tokens / values["seconds"]
+        on_device = operations / settings.world_size / 1e12
+        values["tflops_per_device"] = on_device / values["seconds"]
         values["peak_memory_bytes"] = device.peak_memory()
         if recorder is not None:
             recorder.step(values)
+            for warning in guard.warnings(values):
+                recorder.warn(warning)
             interval = settings.print_answers_interval
             aloud = interval > 0 and (step + 1) % interval == 0
             recorder.samples(_samples(rollout, experience, tokenizer), aloud=aloud)
@@ -193,6 +210,16 @@ def _totals(
         "value": ((experience.values * mask).sum(), tokens),
         "return": (experience.returns.sum(), tokens),
     }
+
+
+def _work(rollout: Rollout, costs: tuple[Cost, Cost, Cost], epochs: int) -> list[float]:
+    """Tokens of all ranks' sequences, and floating-point operations of the step."""
+    answers = rollout.lengths
+    prompts = rollout.attention_mask.sum(-1) - answers
+    tokens = (prompts + answers).sum().float()
+    both = torch.stack([tokens, flops.of_step(prompts, answers, *costs, epochs)])
+    found: list[float] = engine.summed(both).tolist()
+    return found
 
 
 def _explained_variance(experience: Experience) -> float:

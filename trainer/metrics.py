@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import sys
@@ -55,6 +56,7 @@ class Recorder:
         self._board = SummaryWriter(str(tensorboard))
         self._total = total_steps
         self._attempt = int(os.environ.get("HLRLHF_ATTEMPT", "0"))
+        self._steps = 0
         self._rewards: list[float] = []
         self._began = time.perf_counter()
         self._bar = tqdm(total=total_steps, unit="step") if sys.stderr.isatty() else None
@@ -63,16 +65,20 @@ class Recorder:
         """Record the next step.
 
         Args:
-            values: of all ranks together; ``reward`` and ``seconds`` are among them.
+            values: of all ranks together; ``reward`` and ``seconds`` are among them. What is no
+                number is written as null.
         """
-        self._rewards.append(values["reward"])
-        step = len(self._rewards)
+        self._steps += 1
+        step = self._steps
+        if math.isfinite(values["reward"]):
+            self._rewards.append(values["reward"])
         left = (time.perf_counter() - self._began) / step * (self._total - step)
         head = {"step": step, "total_steps": self._total, "attempt": self._attempt}
-        self._append(self._metrics, head | values | {"seconds_left": left})
+        said = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._append(self._metrics, head | said | {"seconds_left": left})
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
-        shown = "  ".join(f"{name} {values[name]:.4g}" for name in SHOWN)
+        shown = "  ".join(f"{name} {values[name]:.4g}" for name in SHOWN if name in values)
         if self._bar is not None:
             self._bar.set_postfix_str(shown)
             self._bar.update()
@@ -86,7 +92,7 @@ class Recorder:
     def samples(self, records: list[dict[str, Any]], *, aloud: bool) -> None:
         """Record prompts with their answers, and print them too when `aloud`."""
         for record in records:
-            head = {"step": len(self._rewards), "attempt": self._attempt}
+            head = {"step": self._steps, "attempt": self._attempt}
             self._append(self._samples, head | record)
             if aloud:
                 tqdm.write(
@@ -95,11 +101,17 @@ class Recorder:
                     file=sys.stdout,
                 )
 
+    def warn(self, words: str) -> None:
+        """Say that something looks wrong with the last step."""
+        tqdm.write(f"warning: step {self._steps}: {words}", file=sys.stdout)
+
     def close(self) -> str:
         """Close the files; returns a sentence on how the reward moved."""
         for stream in (self._metrics, self._samples, self._board, self._bar):
             if stream is not None:
                 stream.close()
+        if not self._rewards:
+            return "no step had a reward that is a number"
         tenth = max(1, len(self._rewards) // 10)
         first = statistics.fmean(self._rewards[:tenth])
         last = statistics.fmean(self._rewards[-tenth:])

@@ -21,7 +21,7 @@ def update(
     mix: Mix | None,
     settings: Settings,
     device: Device,
-) -> dict[str, tuple[Tensor, Tensor]]:
+) -> tuple[dict[str, tuple[Tensor, Tensor]], bool]:
     """All optimizer steps on a rollout, gradients accumulated over micro batches.
 
     Args:
@@ -32,13 +32,15 @@ def update(
         device: the rank's.
 
     Returns:
-        This rank's sums and weights of what the update shows, for `metrics.means`.
+        This rank's sums and weights of what the update shows, for `metrics.means`; and whether
+        every step was taken, none skipped because of a gradient that is not finite.
     """
     actor.train()
     critic.train()
     policy = torch.zeros(4, device=device.torch)
     values = torch.zeros((), device=device.torch)
     texts = torch.zeros(2, device=device.torch)
+    whole = True
     for _ in range(settings.ppo.epochs):
         for minibatch in experience.split(len(experience.scores) // settings.ppo.minibatches):
             # Each token of the minibatch counts the same, however its rows are spread over micro
@@ -47,15 +49,18 @@ def update(
             # One model after the other, so that the gradients of one at a time take up memory.
             for micro in minibatch.split(settings.mbs):
                 parts = _policy_loss(actor, micro, settings)
-                _descend(actor, parts.loss * share, device)
+                whole &= engine.descend(actor, parts.loss * share)
+                device.step_done()
                 policy += torch.stack(parts).detach()
                 if mix is not None:
                     loss, seen = mix.loss(actor)
-                    _descend(actor, loss, device)
+                    whole &= engine.descend(actor, loss)
+                    device.step_done()
                     texts += seen
             for micro in minibatch.split(settings.mbs):
                 loss = _value_loss(critic, micro, settings)
-                _descend(critic, loss * share, device)
+                whole &= engine.descend(critic, loss * share)
+                device.step_done()
                 values += loss.detach()
     tokens = experience.answer_mask.sum() * settings.ppo.epochs
     names = ("actor_loss", "clip_fraction", "ratio", "update_kl")
@@ -63,7 +68,7 @@ def update(
     totals["critic_loss"] = (values, tokens)
     if mix is not None:
         totals["pretraining_loss"] = (texts[0], texts[1])
-    return totals
+    return totals, whole
 
 
 def _policy_loss(actor: Any, micro: Experience, settings: Settings) -> ppo.PolicyLoss:
@@ -80,10 +85,3 @@ def _value_loss(critic: Any, micro: Experience, settings: Settings) -> Tensor:
     return ppo.value_loss(
         values, micro.values, micro.returns, micro.answer_mask, settings.ppo.value_clip_range
     )
-
-
-def _descend(model: Any, loss: Tensor, device: Device) -> None:
-    """One micro batch; DeepSpeed takes the optimizer's step after the last of a minibatch."""
-    model.backward(loss, scale_wrt_gas=False)
-    model.step()
-    device.step_done()

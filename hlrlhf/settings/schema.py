@@ -271,6 +271,31 @@ class Optimizer(Group):
     )
 
 
+class Guard(Group):
+    """What happens when a run's numbers go wrong."""
+
+    max_skipped: Positive = Field(
+        5,
+        description="Stop after this many steps in a row whose loss, gradient or reward is not "
+        "finite; each is skipped, and counted.",
+        json_schema_extra=unit("steps"),
+    )
+    ratio: NonNegative = Field(
+        0.5,
+        description="Warn when the mean policy ratio is farther from 1 than this; 0 never does.",
+    )
+    kl: NonNegative = Field(
+        50.0,
+        description="Warn when the KL divergence from the reference is over this; 0 never does.",
+        json_schema_extra=unit("nats per answer"),
+    )
+    entropy: NonNegative = Field(
+        0.02,
+        description="Warn when the entropy of the policy is under this; 0 never does.",
+        json_schema_extra=unit("nats per token"),
+    )
+
+
 class Hpu(Group):
     """Intel Gaudi."""
 
@@ -445,6 +470,7 @@ class Settings(Group):
     ppo: Ppo = Field(default_factory=Ppo)
     pretraining: Pretraining = Field(default_factory=Pretraining)
     optimizer: Optimizer = Field(default_factory=Optimizer)
+    guard: Guard = Field(default_factory=Guard)
     hpu: Hpu = Field(default_factory=Hpu)
     slurm: Slurm = Field(default_factory=Slurm)
     container: Container = Field(default_factory=Container)

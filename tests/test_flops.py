@@ -1,0 +1,104 @@
+"""Operations counted from the shapes of the weights, against torch's own counter of what runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import tiny  # noqa: E402
+from tiny import one_rank  # noqa: E402, F401
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+
+from hlrlhf.trainer import engine, flops, lora, models  # noqa: E402
+
+PROMPT, ANSWER = 9, 6
+architectures = pytest.mark.parametrize("architecture", tiny.WITH_POSITIONS)
+
+
+def load(folder: Path, architecture: str) -> tuple[models.Policy, models.Scorer]:
+    policy = models.load_policy(str(tiny.save_policy(folder / "a", architecture)), "fp32", 0.0)
+    scorer = models.load_scorer(str(tiny.save_classifier(folder / "c", architecture)), "fp32", 0.0)
+    for model in (policy, scorer):
+        # Written out, so that the counter sees its products; it forms all pairs, masked or not.
+        model.inner.set_attn_implementation("eager")
+    return policy, scorer
+
+
+def counted(model: Any, backward: bool) -> int:
+    """What torch counts in a pass over one row."""
+    tokens = torch.randint(3, tiny.VOCABULARY, (1, PROMPT + ANSWER))
+    width = (ANSWER, 1.0) if isinstance(model, models.Policy) else (ANSWER,)
+    with FlopCounterMode(display=False) as counter:
+        out = model(tokens, torch.ones_like(tokens), *width)
+        if backward:
+            out.sum().backward()
+    return int(counter.get_total_flops())
+
+
+def expected(cost: flops.Cost, backward: bool) -> float:
+    """Ours, for what the eager model does: all pairs, and one column of logits too many."""
+    length = PROMPT + ANSWER
+    numbers = torch.tensor([float(length), float(length**2), float(ANSWER + 1)])
+    return float((cost.training if backward else cost.forward)(*numbers))
+
+
+@architectures
+@pytest.mark.parametrize("backward", [False, True])
+def test_what_torch_counts(tmp_path: Path, architecture: str, backward: bool) -> None:
+    for model in load(tmp_path, architecture):
+        found = expected(flops.cost(model), backward)
+
+        # Of what is looked up nothing is multiplied; the first layer's input needs no gradient.
+        assert found == pytest.approx(counted(model, backward), rel=0.02)
+
+
+@pytest.mark.parametrize("only", [False, True])
+def test_weights_that_do_not_train_have_no_gradient_to_compute(tmp_path: Path, only: bool) -> None:
+    policy, _ = load(tmp_path, "llama")
+    settings = tiny.settings("lora.dim=4", f"only_optimize_lora={str(only).lower()}")
+    lora.add_adapters(policy, settings)
+
+    cost = flops.cost(policy)
+
+    # The first of two layers has nothing below it that needs a gradient; we count it as any other.
+    assert expected(cost, True) == pytest.approx(counted(policy, True), rel=0.06)
+    assert (cost.trainable < cost.weights / 4) == only
+    assert cost.head_trainable == (not only)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_partitioned_weights_count_as_whole_ones(tmp_path: Path) -> None:
+    policy, _ = load(tmp_path, "bloom")
+    settings = tiny.settings("actor.zero_stage=3")
+    expected = flops.cost(policy)
+
+    trained = engine.trained(policy, settings.actor, settings, tiny.cpu(settings), 1)
+
+    assert flops.cost(trained.module) == expected
+
+
+def test_a_step_by_hand() -> None:
+    model = flops.Cost(weights=100, trainable=100, head=10, head_trainable=True, attention=1000)
+    scorer = flops.Cost(weights=50, trainable=50, head=0, head_trainable=False, attention=500)
+    prompts, answers = torch.tensor([2, 1]), torch.tensor([1, 3])
+
+    found = flops.of_step(prompts, answers, model, scorer, scorer, epochs=2)
+
+    # Rows of 3 and 4 tokens: 7 tokens, 6 + 10 pairs, 4 logits; generation reads 2 and 3 tokens.
+    generation = 2 * 100 * 5 + 1000 * (3 + 6) + 2 * 10 * 4
+    policy = 2 * 100 * 7 + 1000 * 16 + 2 * 10 * 4
+    score = 2 * 50 * 7 + 500 * 16
+    assert float(found) == generation + 2 * policy + 2 * score + 2 * 3 * (policy + score)
+
+
+def test_without_a_reward_model_a_step_costs_less() -> None:
+    model = flops.Cost(weights=100, trainable=0, head=0, head_trainable=False, attention=0)
+    one = torch.tensor([1])
+
+    both = [flops.of_step(one, one, model, model, reward, 1) for reward in (model, None)]
+
+    assert float(both[0] - both[1]) == 2 * 100 * 2
