@@ -65,6 +65,7 @@ def test_gaudi_needs_its_software() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.knob("device")
 def test_cuda_needs_a_gpu() -> None:
     with pytest.raises(TrainerError, match="torch sees no GPU"):
         device.select(settings_of(device="cuda"), 0)

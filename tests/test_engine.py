@@ -168,6 +168,72 @@ def test_updates_are_those_of_plain_adamw(tmp_path: Path, zero_stage: int) -> No
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.knob(
+    "optimizer.beta1",
+    "optimizer.beta2",
+    "optimizer.epsilon",
+    "optimizer.gradient_clipping",
+    "optimizer.lr_scheduler",
+    "num_warmup_steps",
+    "actor.learning_rate",
+    "actor.weight_decay",
+)
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize(
+    ("flag", "options", "clipping", "rates"),
+    [
+        (None, {}, None, [1, 1, 1]),
+        ("optimizer.beta1=0.5", {"betas": (0.5, 0.95)}, None, [1, 1, 1]),
+        ("optimizer.beta2=0.5", {"betas": (0.9, 0.5)}, None, [1, 1, 1]),
+        ("optimizer.epsilon=10", {"eps": 10}, None, [1, 1, 1]),
+        ("optimizer.gradient_clipping=0.01", {}, 0.01, [1, 1, 1]),
+        ("optimizer.lr_scheduler=linear", {}, None, [1, 2 / 3, 1 / 3]),
+        ("num_warmup_steps=4", {}, None, [1 / 4, 2 / 4, 3 / 4]),
+        ("actor.learning_rate=0.05", {"lr": 0.05}, None, [1, 1, 1]),
+        ("actor.weight_decay=0.5", {"weight_decay": 0.5}, None, [1, 1, 1]),
+    ],
+)
+def test_each_setting_of_the_optimizer_is_plain_adamws(
+    tmp_path: Path,
+    flag: str | None,
+    options: dict[str, Any],
+    clipping: float | None,
+    rates: list[float],
+) -> None:
+    base = ("mbs=2", "gbs=2", "actor.learning_rate=0.01", "num_warmup_steps=0")
+    base += ("optimizer.lr_scheduler=constant", "optimizer.gradient_clipping=0")
+    settings = tiny.settings(*base, *([flag] if flag else []))
+    model = policy(tmp_path)
+    plain = copy.deepcopy(model)
+    options = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0} | options
+    decayed = [p for p in plain.parameters() if p.ndim > 1]
+    others = [p for p in plain.parameters() if p.ndim == 1]
+    groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, **options)
+
+    trained = engine.trained(model, settings.actor, settings, tiny.cpu(settings), len(rates))
+    for share in rates:
+        engine.descend(trained, loss_of(trained, ROWS))
+        optimizer.zero_grad()
+        loss_of(plain, ROWS).backward()
+        if clipping:
+            nn.utils.clip_grad_norm_(plain.parameters(), clipping)
+        for group in optimizer.param_groups:
+            group["lr"] = options["lr"] * share
+        optimizer.step()
+
+    expected = plain.state_dict()
+    for name, value in engine.whole_weights(trained).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.knob(
+    "actor.learning_rate",
+    "critic.learning_rate",
+    "critic.weight_decay",
+    "lora.actor_lr",
+    "lora.critic_lr",
+)
 @pytest.mark.usefixtures("one_rank")
 def test_actor_and_critic_have_settings_of_their_own(tmp_path: Path) -> None:
     settings = tiny.settings(

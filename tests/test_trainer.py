@@ -79,6 +79,26 @@ def assert_same(run: Run, other: Run) -> None:
             assert difference < SAME_WEIGHTS, f"{role} {name}"
 
 
+@pytest.mark.knob("seed")
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_seed_fixes_every_number_to_the_last_digit(trained: Trained, ranks: int) -> None:
+    sampled = {"mbs": 4, "generation__top_k": 0, "actor__dropout": 0.1, "critic__dropout": 0.1}
+
+    def numbers(run: Run) -> list[dict[str, Any]]:
+        # Clocks and what follows from them apart.
+        timed = ("second", "tflops", "memory")
+        return [{k: v for k, v in m.items() if not any(t in k for t in timed)} for m in run.metrics]
+
+    one, same = (trained(ranks, tag=tag, **sampled) for tag in ("one", "same"))
+    assert numbers(one) == numbers(same)
+    for name, value in one.weights("actor").items():
+        assert value.equal(same.weights("actor")[name])
+    if ranks == 1:
+        other = trained(ranks, seed=2, **sampled)
+        assert one.metrics[-1]["kl"] != other.metrics[-1]["kl"]
+
+
+@pytest.mark.knob("devices_per_node")
 @pytest.mark.parametrize(
     ("ranks", "changes"),
     [
@@ -125,6 +145,58 @@ def test_norms_of_gradients_are_told_or_left_out_but_not_made_up(trained: Traine
         assert norm == pytest.approx(expected["actor_gradient_norm"], rel=1e-3)
 
 
+@pytest.mark.knob("actor.dropout", "critic.dropout")
+def test_dropout_is_in_the_update_and_nowhere_else(trained: Trained) -> None:
+    plain = trained().metrics[0]
+    dropped = trained(actor__dropout=0.3, critic__dropout=0.3).metrics[0]
+    for name in ("reward", "entropy", "value", "return"):
+        assert dropped[name] == pytest.approx(plain[name], rel=1e-5), name
+    # The first forward of the update is the policy that has sampled, but for dropout.
+    assert plain["ratio"] == pytest.approx(1, abs=1e-5)
+    assert abs(dropped["ratio"] - 1) > 1e-3
+    assert dropped["critic_loss"] != pytest.approx(plain["critic_loss"], rel=1e-3)
+
+
+@pytest.mark.knob("actor.model_path", "critic.model_path")
+def test_a_run_goes_on_from_the_models_of_another(trained: Trained, demo_models: Path) -> None:
+    first = trained()
+    saved = first.directory / "checkpoints" / "final"
+    second = trained(
+        actor__model_path=saved / "actor",
+        critic__model_path=saved / "critic",
+        reward__model_path=demo_models / "reward",
+    )
+    before, after = first.metrics[0], second.metrics[0]
+    assert after["reward"] > before["reward"] + 0.2
+    assert after["value"] != pytest.approx(before["value"], abs=0.01)
+    assert after["kl"] == pytest.approx(0, abs=1e-4), "the reference starts from it too"
+
+
+@pytest.mark.knob("epochs", "run_steps", "gbs")
+def test_steps_are_passes_over_the_prompts_and_count_on(trained: Trained) -> None:
+    few = {"gbs": 128, "mbs": 64, "generation__max_new_tokens": 2}
+    for changes, steps in (({"epochs": 3, "run_steps": 0}, 6), ({"epochs": 3, "run_steps": 2}, 2)):
+        metrics = trained(**few, **changes).metrics  # 256 prompts
+        assert [step["step"] for step in metrics] == list(range(1, steps + 1))
+        assert {step["total_steps"] for step in metrics} == {steps}
+        for step in metrics:
+            assert step["samples_per_second"] * step["seconds"] == pytest.approx(128)
+
+
+@pytest.mark.knob("ppo.kl_coefficient", "ppo.kl_controller", "ppo.kl_target", "ppo.kl_horizon")
+def test_the_kl_coefficient_stays_or_follows_the_divergence(trained: Trained) -> None:
+    assert {step["kl_coefficient"] for step in trained().metrics} == {0.1}
+    adaptive = {"kl_controller": "adaptive", "kl_target": 0.5, "kl_horizon": 100}
+    changes = {f"ppo__{name}": value for name, value in adaptive.items()}
+    metrics = trained(**changes, ppo__kl_coefficient=0.3).metrics
+    expected = 0.3
+    for step in metrics:
+        assert step["kl_coefficient"] == pytest.approx(expected)
+        expected *= 1 + max(-0.2, min(0.2, step["kl"] / 0.5 - 1)) * 8 / 100
+    assert expected != 0.3
+
+
+@pytest.mark.knob("dtype")
 def test_bf16_runs_and_saves_bf16(trained: Trained) -> None:
     run = trained(2, mbs=2, dtype="bf16")
     assert all(abs(step["reward"]) < 10 for step in run.metrics)
@@ -252,6 +324,7 @@ def test_the_log_of_a_run_is_plain_lines(trained: Trained) -> None:
     assert second == "", "rank 0 speaks for all"
 
 
+@pytest.mark.knob("tensorboard_path", "checkpoint_path")
 def test_a_second_attempt_adds_to_what_the_first_wrote(demo_models: Path, tmp_path: Path) -> None:
     shared = tmp_path / "shared"
     places = {"checkpoint_path": shared / "models", "tensorboard_path": shared / "boards"}

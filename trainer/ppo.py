@@ -202,9 +202,11 @@ def value_loss(
     Returns:
         A scalar.
     """
+    # Masked first: where something is no number, its gradient times 0 would be none either.
+    values, old_values, returns = (torch.where(mask, x, 0) for x in (values, old_values, returns))
     clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
     error = torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
-    return 0.5 * torch.where(mask, error, 0).sum()
+    return 0.5 * error.sum()
 
 
 def whiten(advantages: Tensor, mask: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
