@@ -343,6 +343,25 @@ def test_every_model_needs_an_embedding_for_every_token(tmp_path: Path) -> None:
     assert str(caught.value).startswith("the critic has embeddings for")
 
 
+def test_a_tokenizer_beside_a_model_is_found_when_it_is_whole(tmp_path: Path) -> None:
+    tokenizer = tiny.tokenizer()
+    # From such a configuration alone, transformers makes up a tokenizer of one token.
+    tiny.config("gpt2").save_pretrained(tmp_path)
+    assert models.held_tokenizer(str(tmp_path)) is None
+    # What DeepSpeed-Chat leaves beside a reward model.
+    tokenizer.backend_tokenizer.model.save(str(tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "vocab.json", "merges.txt"}
+    assert models.held_tokenizer(str(tmp_path)) is None
+
+    tokenizer.save_pretrained(tmp_path)
+    assert models.held_tokenizer(str(tmp_path)).get_vocab() == tokenizer.get_vocab()
+
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(TrainerError, match="no tokenizer can be loaded"):
+        models.held_tokenizer(str(tmp_path))
+    assert models.held_tokenizer("/nowhere/at/all") is None
+
+
 @pytest.mark.parametrize(
     ("configured", "of_tokenizer", "expected"),
     [(2, "</s>", [2]), ([5, 2], "</s>", [5, 2]), (None, "</s>", [2]), (7, None, [7])],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import zipfile
@@ -182,6 +183,25 @@ def load_tokenizer(path: str) -> Any:
         raise TrainerError(f"{path}: no tokenizer can be loaded from it: {error}") from error
 
 
+def held_tokenizer(path: str) -> Any | None:
+    """The tokenizer beside a model, None where there is none.
+
+    A folder holds one if it has a file that ``save_pretrained`` always writes. Without any,
+    transformers may make up a tokenizer; and DeepSpeed-Chat leaves parts of one, which are not
+    enough to tell its vocabulary by.
+
+    Raises:
+        TrainerError: there is one, and it cannot be loaded.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        with contextlib.suppress(TrainerError):
+            return load_tokenizer(path)
+        return None
+    names = ("tokenizer.json", "tokenizer_config.json")
+    return load_tokenizer(path) if any((folder / name).exists() for name in names) else None
+
+
 def load_policy(path: str, dtype: str, dropout: float, logprob_chunk: int = 0) -> Policy:
     """An actor or reference.
 
@@ -286,8 +306,8 @@ def check_vocabulary(tokenizer: Any, role: str, model: Policy | Scorer) -> None:
     rows = model.inner.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise TrainerError(
-            f"the {role} has embeddings for {rows} tokens, but the actor's tokenizer has "
-            f"{len(tokenizer)}; {role} and actor must share a tokenizer"
+            f"the {role} has embeddings for {rows} tokens, but the tokenizer that it is used with "
+            f"({tokenizer.name_or_path}) has {len(tokenizer)}; they do not belong together"
         )
 
 
