@@ -72,6 +72,8 @@ def test_origins_are_told_for_a_preset() -> None:
         (["dataset.path=/a /b", "dataset.weights=1"], "one weight per data set"),
         (["dataset.weights=1 2"], "one weight per data set"),
         (["hybrid_engine=1"], "device=cuda only"),
+        (["reward.model_weight=0"], "nothing scores the answers"),
+        (["reward.own_tokenizer=1"], "set the reward model's path"),
     ],
 )
 def test_contradiction(flags: list[str], said: str) -> None:
@@ -93,6 +95,8 @@ def test_contradiction(flags: list[str], said: str) -> None:
         ["only_optimize_lora=1", "lora.dim=8"],
         ["dataset.path=/a /b", "dataset.weights=1 2"],
         ["hybrid_engine=1", "device=cuda"],
+        ["reward.model_weight=0", "reward.function=mine:score"],
+        ["reward.own_tokenizer=1", "reward.model_path=/rm"],
     ],
 )
 def test_what_goes_together(flags: list[str]) -> None:

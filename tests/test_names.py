@@ -45,6 +45,7 @@ def test_each_setting_is_described(setting) -> None:  # type: ignore[no-untyped-
         ("slurm.mem", "text", "a whole number, and K, M, G or T if not MB"),
         ("slurm.cpus_per_task", "integer", "at least 1"),
         ("slurm.exclusive", "boolean", ""),
+        ("reward.function", "text", "module:function"),
     ],
 )
 def test_type_and_bounds_in_words(name: str, kind: str, allowed: str) -> None:

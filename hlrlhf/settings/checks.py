@@ -71,6 +71,16 @@ def contradictions(settings: Settings, values: Mapping[str, Given]) -> Iterator[
     weights = settings.dataset.weights
     if weights is not None and len(weights) != len(settings.dataset.path):
         yield ("dataset.weights", "dataset.path"), "give one weight per data set, or none"
+    if settings.reward.model_weight == 0 and settings.reward.function is None:
+        yield (
+            ("reward.model_weight", "reward.function"),
+            "nothing scores the answers: give the reward model a weight, or set a function",
+        )
+    if settings.reward.own_tokenizer and settings.reward.model_path is None:
+        yield (
+            ("reward.own_tokenizer", "reward.model_path"),
+            "the critic's checkpoint works on the actor's tokens: set the reward model's path",
+        )
     if settings.hybrid_engine and settings.device != "cuda":
         yield ("hybrid_engine", "device"), "DeepSpeed's hybrid engine runs on device=cuda only"
     if settings.hybrid_engine and settings.actor.zero_stage == 3:

@@ -44,6 +44,11 @@ def _no_control_but_tab(text: str) -> str:
 Text = Annotated[str, StringConstraints(min_length=1), AfterValidator(_no_control)]
 # The recipe cache's own setting is a list with commas.
 NoComma = Annotated[str, StringConstraints(min_length=1, pattern=r"^[^\x00-\x1f\x7f,]*$")]
+PythonName = Annotated[
+    str,
+    StringConstraints(pattern=r"^[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*$"),
+    Allowed("module:function"),
+]
 ShellLine = Annotated[str, AfterValidator(_no_control_but_tab)]
 Tag = Annotated[
     str,
@@ -122,12 +127,39 @@ class Critic(Trained):
 
 
 class Reward(Group):
-    """The frozen model that scores answers."""
+    """What scores answers: a frozen model, a Python function, or the weighted sum of both."""
 
     model_path: Text | None = Field(
         None, description="Reward checkpoint, in the critic's formats; unset: the critic's."
     )
+    model_weight: NonNegative = Field(
+        1.0, description="Weight of the reward model's score; 0 loads no reward model."
+    )
+    own_tokenizer: bool = Field(
+        False,
+        description="Decode answers and encode them again with the reward model's tokenizer.",
+    )
+    score_at: Literal["end", "before_end"] = Field(
+        "end",
+        description="Token that carries the score: the answer's last one, its end token, or the "
+        "one before the end token, for reward models trained the DeepSpeed-Chat way.",
+    )
+    function: PythonName | None = Field(
+        None,
+        description="Python function, module:function, that takes prompts and answers (lists of "
+        "text) and returns a score for each.",
+    )
+    function_weight: float = Field(1.0, description="Weight of the function's score.")
+    normalize: bool = Field(
+        False,
+        description="Shift and scale scores by the mean and the standard deviation of all scores "
+        "so far, before they are clipped.",
+    )
     clip: Rate = Field(5.0, description="Scores are clipped to plus and minus this value.")
+    missing_eos_penalty: NonNegative = Field(
+        0.0,
+        description="Subtracted from the clipped score of an answer without an end token.",
+    )
 
 
 class Lora(Group):
