@@ -18,7 +18,9 @@ from transformers import (  # noqa: E402
     AutoModelForSequenceClassification,
 )
 
-from hlrlhf.trainer import experience, models, rollout  # noqa: E402
+from hlrlhf.trainer import experience, models  # noqa: E402
+from hlrlhf.trainer.rewards import Rewards  # noqa: E402
+from hlrlhf.trainer.scores import ModelScores  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -28,13 +30,6 @@ ANSWERS = [[7, 8, EOS], [EOS], [13, PAD, 14, 15, EOS], [20, 21, 22, 23, 24]]
 TEMPERATURE = 0.7
 # fp32 sums in another order, on logits of about 10.
 TOLERANCE = 2e-4
-
-
-def rolled_out(prompts: list[list[int]], answers: list[list[int]]) -> rollout.Rollout:
-    ids, mask = tiny.padded(prompts)
-    width = max(len(answer) for answer in answers)
-    right = torch.tensor([answer + [PAD] * (width - len(answer)) for answer in answers])
-    return rollout.from_sequences(torch.cat([ids, right], 1), mask, tiny.generation())
 
 
 @dataclass
@@ -76,14 +71,18 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def score(case: Case, prompts: Any = PROMPTS, answers: Any = ANSWERS) -> experience.Experience:
-    actor, critic, *frozen = case.load()
+    actor, critic, reference, reward = case.load()
+    device = tiny.cpu(case.settings)
+    # Nothing is decoded here, so no tokenizer is needed.
+    scores = ModelScores(reward, None, None, case.settings, device)
     return experience.score(
-        rolled_out(prompts, answers),
+        tiny.rolled_out(prompts, answers),
         tiny.Engine(actor),
         tiny.Engine(critic),
-        *frozen,
+        reference,
+        Rewards([(1.0, scores)], case.settings),
         case.settings,
-        tiny.cpu(case.settings),
+        device,
         kl_coefficient=0.1,
     )
 
@@ -186,15 +185,17 @@ def assembled(
     values: float = 0.0,
     kl_coefficient: float = 0.0,
 ) -> experience.Experience:
-    made = rolled_out([[1, 5]] * len(answers), answers)
+    made = tiny.rolled_out([[1, 5]] * len(answers), answers)
     shape = made.answer_mask.shape
+    settings = tiny.settings(*flags)
     return experience.assemble(
         made,
         torch.full(shape, -1.0),
         torch.full(shape, -1.5),
         torch.full(shape, values),
         torch.tensor(scores),
-        tiny.settings(*flags),
+        Rewards([], settings),
+        settings,
         kl_coefficient,
     )
 
@@ -210,6 +211,17 @@ def test_the_end_token_carries_the_score() -> None:
         torch.tensor([[-0.1, -0.1, 2.9], [-5.1, 0.0, 0.0], [-0.1, -0.1, 1.9]]),
     )
     assert found.scores.tolist() == [3.0, -9.0, 2.0]
+
+
+def test_the_token_before_the_end_carries_the_score_when_asked() -> None:
+    flags = ("ppo.gae_lambda=0", "ppo.gamma=0", "reward.clip=5", "reward.score_at=before_end")
+
+    found = assembled([[7, 8, EOS], [EOS], [7, 8, 9]], [3.0, -9.0, 2.0], *flags, kl_coefficient=0.2)
+
+    torch.testing.assert_close(
+        found.returns,
+        torch.tensor([[-0.1, 2.9, -0.1], [-5.1, 0.0, 0.0], [-0.1, -0.1, 1.9]]),
+    )
 
 
 def test_whitening_is_over_all_tokens_of_the_batch_and_returns_come_before_it() -> None:

@@ -148,38 +148,41 @@ def test_the_controller_by_hand() -> None:
     assert adaptive.coefficient == pytest.approx(0.1 * 1.05 * 1.1 * 0.8)
 
 
-def slow_rewards(score: float, kl: list[float], kl_coefficient: float, clip: float) -> list[float]:
+def slow_rewards(score: float, kl: list[float], kl_coefficient: float, column: int) -> list[float]:
     rewards = [-kl_coefficient * value for value in kl]
     if rewards:
-        rewards[-1] += max(-clip, min(clip, score))
+        rewards[column] += score
     return rewards
 
 
-@given(batches(2), st.floats(0, 1), st.floats(0.1, 3))
+@given(batches(2), st.floats(0, 1), st.integers(0, 2))
 def test_token_rewards(
-    batch: tuple[list[int], list[Any]], kl_coefficient: float, clip: float
+    batch: tuple[list[int], list[Any]], kl_coefficient: float, before_last: int
 ) -> None:
     lengths, (logprobs, reference) = batch
     scores = torch.linspace(-4, 4, len(lengths), dtype=torch.float64)
     kl = ppo.kl_estimate(logprobs, reference)
+    mask = mask_of(lengths, kl.shape[1])
+    columns = [max(0, length - 1 - before_last) for length in lengths]
 
-    found = ppo.token_rewards(scores, kl, mask_of(lengths, kl.shape[1]), kl_coefficient, clip)
+    found = ppo.token_rewards(scores, kl, mask, kl_coefficient, torch.tensor(columns))
 
     rows = []
     for i, length in enumerate(lengths):
         k1 = [float(logprobs[i, t]) - float(reference[i, t]) for t in range(length)]
-        rows.append(slow_rewards(float(scores[i]), k1, kl_coefficient, clip))
+        rows.append(slow_rewards(float(scores[i]), k1, kl_coefficient, columns[i]))
     assert same(found, rows)
 
 
-def test_the_score_stands_on_the_last_token_clipped_with_its_kl() -> None:
-    kl = torch.tensor([[1.0, -2.0, 9.0], [3.0, 9.0, 9.0], [9.0, 9.0, 9.0]])
-    mask = mask_of([2, 1, 0], 3)
+def test_the_score_stands_on_one_token_with_its_kl() -> None:
+    kl = torch.tensor([[1.0, -2.0, 9.0], [3.0, 2.0, 9.0], [9.0, 9.0, 9.0]])
+    mask = mask_of([2, 2, 0], 3)
+    columns = torch.tensor([1, 0, 0])
 
-    found = ppo.token_rewards(torch.tensor([7.0, -6.0, 4.0]), kl, mask, 0.1, 5.0)
+    found = ppo.token_rewards(torch.tensor([7.0, -6.0, 4.0]), kl, mask, 0.1, columns)
 
     torch.testing.assert_close(
-        found, torch.tensor([[-0.1, 0.2 + 5, 0.0], [-0.3 - 5, 0.0, 0.0], [0.0, 0.0, 0.0]])
+        found, torch.tensor([[-0.1, 0.2 + 7, 0.0], [-0.3 - 6, -0.2, 0.0], [0.0, 0.0, 0.0]])
     )
 
 

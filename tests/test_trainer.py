@@ -387,6 +387,11 @@ def wrong_column(models: Path, folder: Path) -> dict[str, Any]:
     return {"dataset__prompt_column": "question"}
 
 
+def no_such_function(models: Path, folder: Path) -> dict[str, Any]:
+    # Said before any model is looked for.
+    return {"reward__function": "nowhere_at_all:score", "critic__model_path": folder}
+
+
 def more_ranks(models: Path, folder: Path) -> dict[str, Any]:
     return {"devices_per_node": 2, "mbs": 2}
 
@@ -404,6 +409,10 @@ def too_large_a_batch(models: Path, folder: Path) -> dict[str, Any]:
         ),
         (missing_data, r"none\.jsonl: no data set can be read from it"),
         (wrong_column, r"prompts\.jsonl: has no column question; it has .*prompt"),
+        (
+            no_such_function,
+            r"reward\.function = nowhere_at_all:score: .*No module named .*PYTHONPATH",
+        ),
         (more_ranks, r"WORLD_SIZE = 1, but .*num_nodes x devices_per_node = 2"),
         (too_large_a_batch, r"256 prompts make no global batch of 512 \(HL_GBS\)"),
     ],

@@ -160,6 +160,16 @@ def generation(**options: Any) -> Any:
     return GenerationConfig(**{"pad_token_id": PAD, "eos_token_id": [EOS]} | options)
 
 
+def rolled_out(prompts: list[list[int]], answers: list[list[int]]) -> Any:
+    """A rollout of these tokens."""
+    from hlrlhf.trainer import rollout
+
+    ids, mask = padded(prompts)
+    width = max(len(answer) for answer in answers)
+    right = torch.tensor([answer + [PAD] * (width - len(answer)) for answer in answers])
+    return rollout.from_sequences(torch.cat([ids, right], 1), mask, generation())
+
+
 class Engine:
     """What rollouts and scoring need of a DeepSpeed engine whose weights are not partitioned."""
 

@@ -13,6 +13,7 @@ from hlrlhf.settings import Settings
 from hlrlhf.trainer import ppo
 from hlrlhf.trainer.device import Device
 from hlrlhf.trainer.engine import summed
+from hlrlhf.trainer.rewards import Rewards
 from hlrlhf.trainer.rollout import Rollout
 
 
@@ -25,7 +26,7 @@ class Experience:
         answer_mask: [b, r].
         logprobs, values: [b, r], of the policy and critic that sampled.
         reference: [b, r], the reference's log-probs; both log-probs are 0 in padding.
-        scores: [b], the reward model's, not clipped.
+        scores: [b], as they were given: not normalised, not clipped.
         advantages, returns: [b, r]; advantages are whitened over the global batch, if at all.
     """
 
@@ -57,17 +58,18 @@ def score(
     actor: Any,
     critic: Any,
     reference: Any,
-    reward: Any,
+    rewards: Rewards,
     settings: Settings,
     device: Device,
     kl_coefficient: float,
 ) -> Experience:
-    """Score a rollout with all four models; dropout is off, as it was when the actor sampled.
+    """What models and rewards say of a rollout; dropout is off, as it was when the actor sampled.
 
     Args:
         rollout: this rank's.
         actor, critic: engines.
-        reference, reward: engines or modules.
+        reference: an engine or a module.
+        rewards: what scores the answers.
         settings: all of them.
         device: the rank's.
         kl_coefficient: weight of the KL penalty.
@@ -76,25 +78,23 @@ def score(
     temperature = settings.generation.temperature
     actor.module.eval()
     critic.module.eval()
-    logprobs, reference_logprobs, values, scores = [], [], [], []
-    for sequences, mask, answer_mask in zip(
+    logprobs, reference_logprobs, values = [], [], []
+    for sequences, mask in zip(
         torch.split(rollout.sequences, settings.mbs),
         torch.split(rollout.attention_mask, settings.mbs),
-        torch.split(rollout.answer_mask, settings.mbs),
         strict=True,
     ):
         logprobs.append(actor(sequences, mask, width, temperature))
         reference_logprobs.append(reference(sequences, mask, width, temperature))
         values.append(critic(sequences, mask, width)[:, :-1])
-        last = answer_mask.sum(-1, keepdim=True)
-        scores.append(reward(sequences, mask, width).gather(-1, last).squeeze(-1))
         device.step_done()
     return assemble(
         rollout,
         torch.cat(logprobs),
         torch.cat(reference_logprobs),
         torch.cat(values),
-        torch.cat(scores),
+        rewards.scores(rollout),
+        rewards,
         settings,
         kl_coefficient,
     )
@@ -106,15 +106,17 @@ def assemble(
     reference: Tensor,
     values: Tensor,
     scores: Tensor,
+    rewards: Rewards,
     settings: Settings,
     kl_coefficient: float,
 ) -> Experience:
-    """Rewards, advantages and returns from the models' outputs.
+    """Rewards per token, advantages and returns from the models' outputs.
 
     Args:
         rollout: this rank's.
         logprobs, reference, values: [b, r].
         scores: [b].
+        rewards: shapes the scores and places them.
         settings: the PPO settings are read.
         kl_coefficient: weight of the KL penalty.
     """
@@ -123,9 +125,11 @@ def assemble(
     logprobs = torch.where(mask, logprobs, 0)
     reference = torch.where(mask, reference, 0)
     kl = ppo.kl_estimate(logprobs, reference, settings.ppo.kl_estimator)
-    rewards = ppo.token_rewards(scores, kl, mask, kl_coefficient, settings.reward.clip)
+    shaped = rewards.shaped(scores, rollout.ended)
+    column = rewards.column(rollout)
+    token_rewards = ppo.token_rewards(shaped, kl, mask, kl_coefficient, column)
     advantages, returns = ppo.advantages_and_returns(
-        rewards, values, mask, settings.ppo.gamma, settings.ppo.gae_lambda
+        token_rewards, values, mask, settings.ppo.gamma, settings.ppo.gae_lambda
     )
     if settings.ppo.whiten_advantages:
         mean, variance = moments(advantages, mask)

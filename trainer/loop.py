@@ -21,6 +21,7 @@ from hlrlhf.trainer.experience import Experience
 from hlrlhf.trainer.flops import Cost
 from hlrlhf.trainer.guards import Guard
 from hlrlhf.trainer.metrics import Recorder, means
+from hlrlhf.trainer.rewards import check_rewards, load_rewards
 from hlrlhf.trainer.rollout import Rollout
 from hlrlhf.trainer.update import update
 
@@ -43,6 +44,7 @@ def train(settings: Settings, run: Path, device: Device, warned: Callable[[], bo
     rank = dist.get_rank()
     engine.check_hybrid_engine(settings)
     tokenizer = models.load_tokenizer(settings.actor.model_path)
+    check_rewards(settings, tokenizer)
     prompts = data.load_prompts(settings, tokenizer, device.torch)
     mix = pretraining.load_mix(settings, tokenizer, device)
     total_steps = settings.epochs * len(prompts.ids) // settings.gbs
@@ -56,7 +58,8 @@ def train(settings: Settings, run: Path, device: Device, warned: Callable[[], bo
 
     torch.manual_seed(settings.seed)
     updates = total_steps * settings.ppo.epochs * settings.ppo.minibatches
-    actor, critic, reference, reward = _load(settings, tokenizer, device, updates)
+    actor, critic, reference = _load(settings, tokenizer, device, updates)
+    rewards = load_rewards(settings, tokenizer, device)
     end_tokens = models.end_tokens(actor.module, tokenizer)
     padding = end_tokens[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     sampling = rollouts.sampling(settings, end_tokens, padding, device)
@@ -81,8 +84,7 @@ def train(settings: Settings, run: Path, device: Device, warned: Callable[[], bo
         settings.ppo.kl_horizon,
     )
     guard = Guard(settings, run, device)
-    scorer = getattr(reward, "module", reward)
-    costs = (flops.cost(actor.module), flops.cost(critic.module), flops.cost(scorer))
+    costs = (flops.cost(actor.module), flops.cost(critic.module), rewards.cost)
     complete = True
     began = time.perf_counter()
     for step in range(total_steps):
@@ -93,7 +95,7 @@ def train(settings: Settings, run: Path, device: Device, warned: Callable[[], bo
         rollout = rollouts.generate(actor, [prompts.ids[i] for i in batch], sampling, device)
         clock.lap("generate_seconds")
         experience = experiences.score(
-            rollout, actor, critic, reference, reward, settings, device, kl.coefficient
+            rollout, actor, critic, reference, rewards, settings, device, kl.coefficient
         )
         clock.lap("score_seconds")
         totals = _totals(rollout, experience)
@@ -154,10 +156,8 @@ class Clock:
         self._last = now
 
 
-def _load(
-    settings: Settings, tokenizer: Any, device: Device, updates: int
-) -> tuple[Any, Any, Any, Any]:
-    """Actor, critic, reference and reward model, as they start, each in its engine.
+def _load(settings: Settings, tokenizer: Any, device: Device, updates: int) -> tuple[Any, Any, Any]:
+    """Actor, critic and reference, as they start, each in its engine.
 
     Each is on the device before the next is read: the ranks of a node share its memory.
     """
@@ -185,10 +185,7 @@ def _load(
     actor = trainable("actor", settings.actor)
     critic = trainable("critic", settings.critic)
     reference = engine.frozen(policy("reference", 0.0), settings.actor.zero_stage, settings, device)
-    reward_path = settings.reward.model_path or settings.critic.model_path
-    scorer = checked("reward model", models.load_scorer(reward_path, dtype, 0.0))
-    reward = engine.frozen(scorer, settings.critic.zero_stage, settings, device)
-    return actor, critic, reference, reward
+    return actor, critic, reference
 
 
 def _totals(
@@ -212,7 +209,7 @@ def _totals(
     }
 
 
-def _work(rollout: Rollout, costs: tuple[Cost, Cost, Cost], epochs: int) -> list[float]:
+def _work(rollout: Rollout, costs: tuple[Cost, Cost, Cost | None], epochs: int) -> list[float]:
     """Tokens of all ranks' sequences, and floating-point operations of the step."""
     answers = rollout.lengths
     prompts = rollout.attention_mask.sum(-1) - answers

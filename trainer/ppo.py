@@ -93,25 +93,23 @@ class KlController:
 
 
 def token_rewards(
-    scores: Tensor, kl: Tensor, mask: Tensor, kl_coefficient: float, clip: float
+    scores: Tensor, kl: Tensor, mask: Tensor, kl_coefficient: float, column: Tensor
 ) -> Tensor:
-    """Rewards per token: -beta * kl everywhere, and the clipped score on the last valid token.
+    """Rewards per token: -beta * kl everywhere, and the score on one of them.
 
     Args:
-        scores: [b], the reward model's.
+        scores: [b], one for each answer.
         kl: [b, r].
         mask: [b, r].
         kl_coefficient: beta.
-        clip: scores are clipped to plus and minus this.
+        column: [b], integer, of the token that gets the score; usually the last valid one.
 
     Returns:
         [b, r], zero where the mask is false. A row without any valid token gets no score.
     """
     rewards = torch.where(mask, -kl_coefficient * kl, 0)
-    lengths = mask.sum(-1)
-    last = (lengths - 1).clamp(min=0).unsqueeze(-1)
-    given = torch.where(lengths > 0, scores.clamp(-clip, clip), torch.zeros_like(scores))
-    return rewards.scatter_add(-1, last, given.to(rewards.dtype).unsqueeze(-1))
+    given = torch.where(mask.any(-1), scores, 0).to(rewards.dtype)
+    return rewards.scatter_add(-1, column.unsqueeze(-1), given.unsqueeze(-1))
 
 
 def advantages_and_returns(

@@ -1,0 +1,197 @@
+"""Rewards: what an answer is worth, by a reward model, by a Python function, or by both.
+
+The raw score of an answer is the weighted sum of what they say. Shaping comes after it: running
+normalisation, the clip, the penalty for an answer that never ends.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hlrlhf.settings import Settings
+from hlrlhf.trainer import engine, flops, models
+from hlrlhf.trainer.device import Device
+from hlrlhf.trainer.errors import TrainerError
+from hlrlhf.trainer.rollout import Rollout
+from hlrlhf.trainer.scores import FunctionScores, ModelScores, imported, tokens_scored
+
+# Gives the answers of a rollout their scores, [b] in fp32.
+Source = Callable[[Rollout], Tensor]
+
+
+class Rewards:
+    """The scores of answers, and what PPO makes of them.
+
+    Args:
+        sources: what scores, each with its weight.
+        settings: the reward settings are read.
+        cost: of the reward model, if there is one.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[tuple[float, Source]],
+        settings: Settings,
+        cost: flops.Cost | None = None,
+    ):
+        self.cost = cost
+        self._sources = sources
+        self._settings = settings.reward
+        self._normalizer = Normalizer()
+
+    @torch.no_grad()
+    def scores(self, rollout: Rollout) -> Tensor:
+        """Raw scores: the weighted sum of the sources, [b] in fp32; changes no state.
+
+        Raises:
+            TrainerError: the function failed, or returned no scores.
+        """
+        parts = [weight * source(rollout) for weight, source in self._sources]
+        return torch.stack(parts).sum(0)
+
+    def shaped(self, scores: Tensor, ended: Tensor) -> Tensor:
+        """Scores normalised, clipped and, where no end token came, less the penalty.
+
+        The penalty comes last, so that no clip can swallow it. With normalisation all ranks have to
+        call this, once for each rollout of the training: the scores become part of the statistics.
+
+        Args:
+            scores: [b], of this rank.
+            ended: [b], whether the answer has an end token.
+
+        Returns:
+            [b], fp32.
+        """
+        if self._settings.normalize:
+            self._normalizer.update(_of_all_ranks(scores))
+            scores = self._normalizer(scores)
+        clipped = scores.clamp(-self._settings.clip, self._settings.clip)
+        return clipped - self._settings.missing_eos_penalty * (~ended).to(clipped.dtype)
+
+    def column(self, rollout: Rollout) -> Tensor:
+        """The column of the answer's token that gets the score, [b].
+
+        An answer that is an end token alone has no token before it, so there it is the end token.
+        """
+        return (tokens_scored(rollout, self._settings.score_at) - 1).clamp(min=0)
+
+
+@dataclass
+class Normalizer:
+    """Mean and standard deviation of all scores so far, in float64.
+
+    A batch is merged as in Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for
+    Computing Sample Variances" (1979), which is Welford's method for more than one value at a time.
+
+    Attributes:
+        count: scores so far.
+        mean: theirs.
+        m2: the sum of their squared differences from the mean.
+    """
+
+    count: int = 0
+    mean: float = 0.0
+    m2: float = 0.0
+
+    def update(self, scores: Tensor) -> None:
+        """Take in scores [n]; one that is not finite is left out, or no later one would be."""
+        values = scores.cpu().double()
+        values = values[values.isfinite()]
+        if len(values) == 0:
+            return
+        mean = float(values.mean())
+        total = self.count + len(values)
+        difference = mean - self.mean
+        self.m2 += float(((values - mean) ** 2).sum())
+        self.m2 += difference**2 * self.count * len(values) / total
+        self.mean += difference * len(values) / total
+        self.count = total
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        """Scores [b] less the mean, divided by the standard deviation (of the population)."""
+        variance = self.m2 / max(1, self.count)
+        normalized = (scores.cpu().double() - self.mean) / math.sqrt(variance + 1e-8)
+        return normalized.to(scores)
+
+
+def check_rewards(settings: Settings, tokenizer: Any) -> None:
+    """Stop before any model loads when the scores of a run cannot be had.
+
+    Args:
+        settings: all of them.
+        tokenizer: the actor's.
+
+    Raises:
+        TrainerError: the function cannot be imported, or the reward model's tokenizer is not the
+            actor's while answers are not encoded again.
+    """
+    if settings.reward.function is not None:
+        imported(settings.reward.function)
+    if settings.reward.model_weight:
+        _own_tokenizer(settings, tokenizer)
+
+
+def load_rewards(settings: Settings, tokenizer: Any, device: Device) -> Rewards:
+    """What scores the answers of a run, on the device.
+
+    Raises:
+        TrainerError: see `check_rewards`; or the reward model cannot be loaded or does not fit its
+            tokenizer.
+    """
+    own = settings.reward
+    sources: list[tuple[float, Source]] = []
+    cost = None
+    if own.model_weight:
+        again = _own_tokenizer(settings, tokenizer)
+        scorer = models.load_scorer(_path(settings), settings.dtype, 0.0)
+        models.check_vocabulary(tokenizer if again is None else again, "reward model", scorer)
+        cost = flops.cost(scorer)
+        model = engine.frozen(scorer, settings.critic.zero_stage, settings, device)
+        by_model = ModelScores(model, tokenizer, again, settings, device)
+        sources.append((own.model_weight, by_model))
+    if own.function is not None:
+        sources.append((own.function_weight, FunctionScores(own.function, tokenizer)))
+    return Rewards(sources, settings, cost)
+
+
+def _of_all_ranks(values: Tensor) -> Tensor:
+    """This rank's [b] as [ranks x b]; all ranks have to call it."""
+    parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, values)
+    return torch.cat(parts)
+
+
+def _one_extends_the_other(one: dict[str, int], other: dict[str, int]) -> bool:
+    """Whether two vocabularies are the same but for tokens that one has more, such as padding."""
+    return one.items() <= other.items() or other.items() <= one.items()
+
+
+def _path(settings: Settings) -> str:
+    return settings.reward.model_path or settings.critic.model_path
+
+
+def _own_tokenizer(settings: Settings, tokenizer: Any) -> Any | None:
+    """The reward model's tokenizer, or None when the model works on the actor's tokens."""
+    path = _path(settings)
+    held = models.held_tokenizer(path)
+    if settings.reward.own_tokenizer:
+        if held is None:
+            raise TrainerError(
+                f"{path}: holds no tokenizer to encode answers with (reward.own_tokenizer): save "
+                "one there, or set HL_REWARD_OWN_TOKENIZER=0 if the model shares the actor's"
+            )
+        return held
+    if held is not None and not _one_extends_the_other(held.get_vocab(), tokenizer.get_vocab()):
+        raise TrainerError(
+            f"{path}: the reward model's tokenizer is not the actor's; set "
+            f"HL_REWARD_OWN_TOKENIZER=1 and HL_REWARD_MODEL_PATH={path} to decode answers and "
+            "encode them again for it"
+        )
+    return None

@@ -1,0 +1,181 @@
+"""Raw scores of a rollout's answers: by a reward model, or by a Python function."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import reprlib
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hlrlhf.settings import Settings
+from hlrlhf.trainer import data
+from hlrlhf.trainer.device import Device
+from hlrlhf.trainer.errors import TrainerError
+from hlrlhf.trainer.rollout import Rollout
+
+
+class ModelScores:
+    """Scores by a reward model.
+
+    Args:
+        model: an engine or a module, which gives scalars as `models.Scorer` does.
+        tokenizer: the actor's.
+        own: the reward model's tokenizer, if answers are to be encoded again with it.
+        settings: all of them.
+        device: the rank's.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, own: Any | None, settings: Settings, device: Device
+    ):
+        self._model = model
+        self._tokenizer = tokenizer
+        self._own = own
+        self._score_at = settings.reward.score_at
+        self._rows = settings.mbs
+        self._device = device
+
+    def __call__(self, rollout: Rollout) -> Tensor:
+        """Scores of a rollout's answers, [b] in fp32."""
+        if self._own is None:
+            sequences, mask, width = (
+                rollout.sequences,
+                rollout.attention_mask,
+                rollout.answer_width,
+            )
+            # The model's first scalar is that of the prompt, before any token of the answer.
+            position = tokens_scored(rollout, self._score_at)
+        else:
+            sequences, mask = self._encoded_again(rollout)
+            width, position = 0, torch.zeros_like(rollout.lengths)
+        scores = []
+        for ids, attended, index in zip(
+            torch.split(sequences, self._rows),
+            torch.split(mask, self._rows),
+            torch.split(position.unsqueeze(-1), self._rows),
+            strict=True,
+        ):
+            scores.append(self._model(ids, attended, width).gather(-1, index).squeeze(-1))
+            self._device.step_done()
+        return torch.cat(scores)
+
+    def _encoded_again(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        """The same text in the reward model's tokens, and its mask, [b, t]: padded on the left."""
+        assert self._own is not None
+        end = self._own.eos_token_id
+        rows: list[list[int]] = self._own(texts(rollout, self._tokenizer))["input_ids"]
+        # Some tokenizers end every text; here an end stands where the actor put one.
+        rows = [ids[:-1] if ids and ids[-1] == end else ids for ids in rows]
+        if end is not None and self._score_at == "end":
+            ended = rollout.ended.tolist()
+            rows = [ids + [end] * has for ids, has in zip(rows, ended, strict=True)]
+        # The mask hides what fills up; any token does where there is none for it. A row with no
+        # text at all must still have a last token.
+        named = (self._own.pad_token_id, end, 0)
+        fill = next(token for token in named if token is not None)
+        ids, mask = data.pad_left([row or [fill] for row in rows], fill, self._device.pad_to)
+        return ids.to(rollout.sequences.device), mask.to(rollout.sequences.device)
+
+
+class FunctionScores:
+    """Scores by a Python function, which is called with the texts of a rank's whole rollout.
+
+    Args:
+        name: ``module:function``.
+        tokenizer: the actor's.
+
+    Raises:
+        TrainerError: there is no such function.
+    """
+
+    def __init__(self, name: str, tokenizer: Any):
+        self._name = name
+        self._function = imported(name)
+        self._tokenizer = tokenizer
+
+    def __call__(self, rollout: Rollout) -> Tensor:
+        """Scores of a rollout's answers, [b] in fp32.
+
+        Raises:
+            TrainerError: the function raised an error, or did not return a number for each answer.
+                One that is not finite is left to the guard.
+        """
+        whole = texts(rollout, self._tokenizer)
+        prompts = texts(rollout, self._tokenizer, answers=False)
+        # Decoded alone, an answer may lose the space that it begins with.
+        answers = [
+            text[len(os.path.commonprefix([prompt, text])) :]  # noqa: RUF071 - texts, not paths
+            for prompt, text in zip(prompts, whole, strict=True)
+        ]
+        try:
+            found = self._function(prompts=prompts, answers=answers)
+        except Exception as error:  # not our code
+            trace = "".join(traceback.format_exception(error))
+            raise TrainerError(
+                f"reward.function = {self._name} raised {type(error).__name__}:\n{trace}"
+            ) from error
+        try:
+            scores = torch.as_tensor(found, dtype=torch.float32).detach()
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise self._returned(f"{reprlib.repr(found)} ({error})", len(answers)) from error
+        if scores.shape != (len(answers),):
+            raise self._returned(f"scores of shape {list(scores.shape)}", len(answers))
+        return scores.to(rollout.sequences.device)
+
+    def _returned(self, what: str, answers: int) -> TrainerError:
+        return TrainerError(
+            f"reward.function = {self._name} returned {what}; it has to return a list of {answers} "
+            "numbers here, one for each answer"
+        )
+
+
+def imported(name: str) -> Callable[..., Any]:
+    """The function that ``module:function`` names.
+
+    Raises:
+        TrainerError: there is none.
+    """
+    module_name, _, attribute = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # not our code
+        raise TrainerError(
+            f"reward.function = {name}: {module_name} cannot be imported: {type(error).__name__}: "
+            f"{error}; every rank needs its folder on PYTHONPATH, for instance by the line `export "
+            "PYTHONPATH=FOLDER` in environment.setup (HL_ENVIRONMENT_SETUP)"
+        ) from error
+    function: Callable[..., Any] | None = getattr(module, attribute, None)
+    if function is None or not callable(function):
+        raise TrainerError(
+            f"reward.function = {name}: {getattr(module, '__file__', module_name)} has no function "
+            f"{attribute} (HL_REWARD_FUNCTION)"
+        )
+    return function
+
+
+def texts(rollout: Rollout, tokenizer: Any, *, answers: bool = True) -> list[str]:
+    """Prompts with their answers as text, or prompts alone: no padding, no special tokens.
+
+    Args:
+        rollout: b rows.
+        tokenizer: the actor's.
+        answers: whether they are part of the text.
+    """
+    # Picked out on the CPU: elsewhere, each length would be a shape to compile.
+    ids, mask = rollout.sequences.cpu(), rollout.attention_mask.bool().cpu()
+    width = ids.shape[1] if answers else ids.shape[1] - rollout.answer_width
+    rows = [row[kept].tolist() for row, kept in zip(ids[:, :width], mask[:, :width], strict=True)]
+    decoded: list[str] = tokenizer.batch_decode(
+        rows, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    return decoded
+
+
+def tokens_scored(rollout: Rollout, score_at: str) -> Tensor:
+    """How many of an answer's tokens the score is that of, [b]: all, or all but the end token."""
+    return rollout.lengths - rollout.ended.long() if score_at == "before_end" else rollout.lengths
