@@ -120,7 +120,7 @@ class FunctionScores:
                 f"reward.function = {self._name} raised {type(error).__name__}:\n{trace}"
             ) from error
         try:
-            scores = torch.as_tensor(found, dtype=torch.float32).detach()
+            scores = torch.as_tensor(found, dtype=torch.float32)
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise self._returned(f"{reprlib.repr(found)} ({error})", len(answers)) from error
         if scores.shape != (len(answers),):
