@@ -157,6 +157,8 @@ def _rank(directory: str, environ: dict[str, str], log: str) -> None:
     os.dup2(output, 2)
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)  # noqa: SIM115
+    # A forked process does not read it again.
+    sys.path[:0] = filter(None, environ.get("PYTHONPATH", "").split(os.pathsep))
     import torch
 
     torch.set_num_threads(1)

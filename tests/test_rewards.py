@@ -165,6 +165,17 @@ def test_the_same_tokenizer_beside_the_model_is_no_trouble(
     torch.testing.assert_close(raw({"critic": both}), raw(folders))
 
 
+def test_tokenizers_may_differ_by_tokens_that_one_has_more(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    smaller = shutil.copytree(folders["reward"], tmp_path / "smaller")
+    tiny.tokenizer().save_pretrained(smaller)
+    actors = tiny.tokenizer()
+    actors.add_tokens(["<more>"])
+
+    rewards.check_rewards(tiny.settings(f"reward.model_path={smaller}"), actors)
+
+
 def test_encoding_again_needs_a_tokenizer(folders: dict[str, Path]) -> None:
     with pytest.raises(TrainerError, match=r"holds no tokenizer .*HL_REWARD_OWN_TOKENIZER=0"):
         loaded(folders, f"reward.model_path={folders['reward']}", "reward.own_tokenizer=1")

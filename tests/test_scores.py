@@ -249,15 +249,13 @@ def test_scores_may_come_as_any_row_of_numbers(module: Any, returned: str) -> No
 @pytest.mark.parametrize(
     ("returned", "words"),
     [
-        ("[1.0, 2.0]", r"returned scores of shape \[2\]; .* a list of 3 finite numbers"),
+        ("[1.0, 2.0]", r"returned scores of shape \[2\]; .* a list of 3 numbers"),
         ("[[1.0], [2.0], [3.0]]", r"returned scores of shape \[3, 1\];"),
         ("1.0", r"returned scores of shape \[\];"),
-        ("None", r"returned None .*a list of 3 finite numbers"),
+        ("None", r"returned None .*a list of 3 numbers"),
         ("[1.0, None, 2.0]", r"returned \[1\.0, None, 2\.0\]"),
         ("['1', '2', '3']", r"returned \['1', '2', '3'\]"),
         ("(1.0 for _ in answers)", r"returned <generator"),
-        ("[0.0, float('nan'), 1.0]", r"returned nan for the prompt 'Who\?', answer ''"),
-        ("[0.0, 1.0, float('inf')]", r"returned inf for the prompt 'Human: na"),
     ],
 )
 def test_what_is_no_score_is_refused(module: Any, returned: str, words: str) -> None:

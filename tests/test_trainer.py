@@ -196,6 +196,39 @@ def test_the_kl_coefficient_stays_or_follows_the_divergence(trained: Trained) ->
     assert expected != 0.3
 
 
+def test_all_ranks_skip_a_step_with_a_reward_that_is_no_number(
+    demo_models: Path, tmp_path: Path
+) -> None:
+    """The second score of rank 1 is NaN, and from the fourth on all of its scores are."""
+    (tmp_path / "spoiled.py").write_text(
+        "import itertools, math, os\n"
+        "calls = itertools.count(1)\n"
+        "def score(prompts, answers):\n"
+        "    spoiled = os.environ['RANK'] == '1' and next(calls) in (2, 4, 5, 6, 7)\n"
+        "    return [math.nan if spoiled else len(a) / 10 for a in answers]\n"
+    )
+    reward = {"reward__function": "spoiled:score", "reward__model_weight": 0}
+    prepare(
+        tmp_path,
+        demo_models,
+        devices_per_node=2,
+        mbs=4,
+        run_steps=7,
+        guard__max_skipped=2,
+        **reward,
+    )
+    run = train(tmp_path, 2, PYTHONPATH=str(tmp_path))
+    assert run.codes == [1, 1]
+    assert "2 steps in a row" in run.output[0]
+    assert [step["skipped_steps"] for step in run.metrics] == [0, 1, 1, 2]
+    assert [step["reward"] is None for step in run.metrics] == [False, True, False, True]
+    assert [("actor_loss" in step) for step in run.metrics] == [True, False, True, False]
+    names = ["step-5.rank-0.safetensors", "step-5.rank-1.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "skipped").iterdir()) == names
+    scores = [load_file(tmp_path / "skipped" / name)["scores"] for name in names]
+    assert [bool(score.isnan().any()) for score in scores] == [False, True]
+
+
 @pytest.mark.knob("dtype")
 def test_bf16_runs_and_saves_bf16(trained: Trained) -> None:
     run = trained(2, mbs=2, dtype="bf16")

@@ -12,8 +12,9 @@ torch = pytest.importorskip("torch")
 import tiny  # noqa: E402
 from tiny import EOS, PAD, one_rank  # noqa: E402, F401
 
-from hlrlhf.trainer import data, engine, experience, models, rollout  # noqa: E402
+from hlrlhf.trainer import data, engine, experience, models  # noqa: E402
 from hlrlhf.trainer.pretraining import Mix  # noqa: E402
+from hlrlhf.trainer.rewards import Rewards  # noqa: E402
 from hlrlhf.trainer.update import update  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -27,10 +28,7 @@ TOLERANCE = {"rtol": 1e-3, "atol": 2e-5}
 
 def made(settings: Any) -> experience.Experience:
     """What a policy near the actor has sampled, with advantages of either sign."""
-    ids, mask = tiny.padded(PROMPTS)
-    width = max(len(answer) for answer in ANSWERS)
-    right = torch.tensor([answer + [PAD] * (width - len(answer)) for answer in ANSWERS])
-    rolled_out = rollout.from_sequences(torch.cat([ids, right], 1), mask, tiny.generation())
+    rolled_out = tiny.rolled_out(PROMPTS, ANSWERS)
     generator = torch.Generator().manual_seed(3)
     shape = rolled_out.answer_mask.shape
     near = torch.randn(shape, generator=generator)
@@ -40,6 +38,7 @@ def made(settings: Any) -> experience.Experience:
         reference=near - 4.5,
         values=torch.randn(shape, generator=generator),
         scores=torch.tensor([1.0, -2.0, 0.5, 3.0]),
+        rewards=Rewards([], settings),
         settings=settings,
         kl_coefficient=0.1,
     )
