@@ -340,6 +340,8 @@ def test_what_a_run_writes(trained: Trained) -> None:
         assert step["seconds"] > 0
         assert step["samples_per_second"] == pytest.approx(8 / step["seconds"])
         assert set(COMPARED) <= step.keys()
+        page = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text(encoding="utf-8")
+        assert all(f"`{name}`" in page for name in step), "docs/metrics.md names every metric"
     assert run.metrics[-1]["seconds_left"] == 0
     samples = read_lines(run.directory / "samples.jsonl")
     assert [sample["step"] for sample in samples] == [1, 2, 3]
