@@ -66,6 +66,7 @@ def test_origins_are_told_for_a_preset() -> None:
         (["only_optimize_lora=1"], "there is no LoRA to optimize"),
         (["dataset.path=/a /b", "dataset.weights=1"], "one weight per data set"),
         (["dataset.weights=1 2"], "one weight per data set"),
+        (["generation.min_new_tokens=9", "generation.max_new_tokens=8"], "must not be longer"),
         (["hybrid_engine=1"], "device=cuda only"),
     ],
 )
@@ -87,6 +88,7 @@ def test_contradiction(flags: list[str], said: str) -> None:
         ["container.kind=docker", "container.image=x", "container.mounts=/a:/b"],
         ["only_optimize_lora=1", "lora.dim=8"],
         ["dataset.path=/a /b", "dataset.weights=1 2"],
+        ["generation.min_new_tokens=8", "generation.max_new_tokens=8"],
         ["hybrid_engine=1", "device=cuda"],
     ],
 )

@@ -93,7 +93,7 @@ def test_cpu_says_that_bf16_is_slow_where_it_is(
 
 def test_gaudi_compiles_for_few_shapes() -> None:
     multiple = device.Hpu.pad_to
-    config = rollout.sampling(settings_of(), [2], 0, device.Hpu.__new__(device.Hpu))
+    config = rollout.sampling(settings_of(), None, [2], 0, device.Hpu.__new__(device.Hpu)).config
     shapes = set()
     for prompt in range(1, 257, 5):
         for answer in range(1, 257, 5):

@@ -28,12 +28,14 @@ def ended_at(
     end_tokens: list[int],
     padding: int = PAD,
     multiple: int = 1,
+    ends: list[int] | None = None,
 ) -> rollout.Rollout:
     """The rollout from answers to one-token prompts."""
     sequences = torch.tensor([[20, *answer] for answer in answers])
     config = GenerationConfig(eos_token_id=end_tokens, pad_token_id=padding)
     prompt_mask = torch.ones(len(answers), 1, dtype=torch.long)
-    return rollout.from_sequences(sequences, prompt_mask, config, multiple)
+    strings = None if ends is None else torch.tensor(ends)
+    return rollout.from_sequences(sequences, prompt_mask, config, multiple, strings)
 
 
 def answers_of(found: rollout.Rollout) -> list[list[int]]:
@@ -92,6 +94,16 @@ def test_an_end_token_in_the_prompt_ends_nothing() -> None:
 
     assert answers_of(found) == [[7, 2]]
     assert found.attention_mask.tolist() == [[0, 1, 1, 1, 1]]
+
+
+def test_a_stop_string_ends_an_answer_as_an_end_token_does() -> None:
+    answers = [[7, 8, 9, 10], [7, 2, 8, 0], [7, 8, 9, 2], [7, 8, 9, 10], [2, 7, 0, 0]]
+    # The second's would follow its end token, the last has none.
+    found = ended_at(answers, [2], multiple=3, ends=[1, 2, 3, -1, 0])
+
+    assert answers_of(found) == [[7, 8], [7, 2], [7, 8, 9, 2], [7, 8, 9, 10], [2]]
+    assert found.ended.tolist() == [True, True, True, False, True]
+    assert found.answer_width == 6
 
 
 def test_answers_are_widened_to_a_multiple() -> None:
@@ -160,13 +172,15 @@ def sample(
     *flags: str,
     padding: int = PAD,
     seed: int = 0,
+    tokenizer: Any = None,
+    static_cache: bool = False,
 ) -> rollout.Rollout:
     settings = tiny.settings("generation.max_new_tokens=2", *flags)
     device = tiny.cpu(settings)
+    device.static_cache = static_cache
     torch.manual_seed(seed)
-    return rollout.generate(
-        tiny.Engine(policy), prompts, rollout.sampling(settings, [EOS], padding, device), device
-    )
+    sampling = rollout.sampling(settings, tokenizer, [EOS], padding, device)
+    return rollout.generate(tiny.Engine(policy), prompts, sampling, device)
 
 
 def first_tokens(found: rollout.Rollout) -> Any:
@@ -233,6 +247,57 @@ def test_top_k_and_top_p_are_the_settings_own(stubborn: Path) -> None:
     )
     nucleus = int((probabilities[ranked].cumsum(0) < 0.5).sum()) + 1
     assert set(tokens.tolist()) == set(ranked[:nucleus])
+
+
+@pytest.fixture(scope="module")
+def speaker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A policy that speaks the test's tokenizer: every token about as likely as the next."""
+    folder = tmp_path_factory.mktemp("speaker")
+    vocabulary = len(tiny.tokenizer())
+    return tiny.save_policy(folder, "llama", vocabulary=vocabulary, initializer_range=0.02)
+
+
+@pytest.mark.knob("generation.stop")
+@pytest.mark.parametrize(("with_lora", "static_cache"), [(False, True), (True, False)])
+def test_stop_strings_end_answers(speaker: Path, with_lora: bool, static_cache: bool) -> None:
+    tokenizer = tiny.tokenizer()
+    policy = models.load_policy(str(speaker), "fp32", 0.0)
+    if with_lora:
+        lora.add_adapters(policy, tiny.settings("lora.dim=2"))
+    stop = ["an", "e", "\n", "ss", "."]
+    flags = (f"generation.stop={json.dumps(stop)}", "generation.max_new_tokens=12")
+
+    found = sample(
+        policy, PROMPTS * 25, *flags, tokenizer=tokenizer, padding=EOS, static_cache=static_cache
+    )
+
+    by_string = 0
+    for tokens, ended in zip(answers_of(found), found.ended.tolist(), strict=True):
+        text, before = tokenizer.decode(tokens), tokenizer.decode(tokens[:-1])
+        assert not any(string in before for string in stop), "an answer ends with the first"
+        string = any(string in text for string in stop)
+        by_string += string
+        assert ended == (string or tokens[-1] == EOS)
+        assert ended or len(tokens) == 12
+    assert by_string > 20
+    without = sample(policy, PROMPTS * 25, flags[1], tokenizer=tokenizer)
+    assert without.lengths.float().mean() > found.lengths.float().mean() + 2
+
+
+@pytest.mark.knob("generation.max_new_tokens", "generation.min_new_tokens")
+def test_answers_are_as_long_as_they_may_and_must_be(speaker: Path) -> None:
+    tokenizer = tiny.tokenizer()
+    policy = models.load_policy(str(speaker), "fp32", 0.0)
+    stop = f"generation.stop={json.dumps([chr(i) for i in range(97, 123)])}"
+    flags = (stop, "generation.max_new_tokens=9")
+
+    free = sample(policy, PROMPTS * 99, *flags, tokenizer=tokenizer)
+    held = sample(policy, PROMPTS * 99, *flags, "generation.min_new_tokens=5", tokenizer=tokenizer)
+
+    assert (int(free.lengths.min()), int(free.lengths.max())) == (1, 9)
+    assert (int(held.lengths.min()), int(held.lengths.max())) == (5, 9)
+    early = [found.sequences[:, -found.answer_width :][:, :4] for found in (free, held)]
+    assert [bool((tokens == EOS).any()) for tokens in early] == [True, False]
 
 
 def test_more_than_fifty_tokens_can_be_sampled(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def train(settings: Settings, run: Path, device: Device, warned: Callable[[], bo
     actor, critic, reference, reward = _load(settings, tokenizer, device, updates)
     end_tokens = models.end_tokens(actor.module, tokenizer)
     padding = end_tokens[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    sampling = rollouts.sampling(settings, end_tokens, padding, device)
+    sampling = rollouts.sampling(settings, tokenizer, end_tokens, padding, device)
     # From here on the ranks must differ: the same seed would sample the same answers.
     torch.manual_seed(settings.seed + rank)
 

@@ -59,6 +59,9 @@ def contradictions(settings: Settings, values: Mapping[str, Given]) -> Iterator[
     weights = settings.dataset.weights
     if weights is not None and len(weights) != len(settings.dataset.path):
         yield ("dataset.weights", "dataset.path"), "give one weight per data set, or none"
+    if settings.generation.min_new_tokens > settings.generation.max_new_tokens:
+        names = ("generation.min_new_tokens", "generation.max_new_tokens")
+        yield names, "the shortest answer must not be longer than the longest"
     if settings.hybrid_engine and settings.device != "cuda":
         yield ("hybrid_engine", "device"), "DeepSpeed's hybrid engine runs on device=cuda only"
     if settings.hybrid_engine and settings.actor.zero_stage == 3:
