@@ -209,6 +209,7 @@ def plain_logits(folder: Path, prompt: list[int]) -> Any:
 ROWS = 1500
 
 
+@pytest.mark.knob("generation.temperature")
 @pytest.mark.parametrize(("with_lora", "temperature"), [(False, 1.0), (False, 2.0), (True, 1.0)])
 def test_answers_are_samples_of_the_policy_whatever_the_checkpoint_asks_for(
     stubborn: Path, with_lora: bool, temperature: float
@@ -232,6 +233,7 @@ def test_answers_are_samples_of_the_policy_whatever_the_checkpoint_asks_for(
         assert far_from(followed, (after / temperature).softmax(-1)) < 2.5
 
 
+@pytest.mark.knob("generation.top_k", "generation.top_p")
 def test_top_k_and_top_p_are_the_settings_own(stubborn: Path) -> None:
     policy = models.load_policy(str(stubborn), "fp32", 0.0)
     probabilities = (plain_logits(stubborn, PROMPTS[1]) / 3).softmax(-1)
