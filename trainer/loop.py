@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from hlrlhf.settings import Settings
 from hlrlhf.settings.schema import Actor, Critic
-from hlrlhf.trainer import checkpoint, data, engine, lora, models, ppo
+from hlrlhf.trainer import checkpoint, data, engine, hybrid, lora, models, ppo
 from hlrlhf.trainer import experience as experiences
 from hlrlhf.trainer import rollout as rollouts
 from hlrlhf.trainer.device import Device
@@ -38,7 +38,7 @@ def train(settings: Settings, run: Path, device: Device, warned: Callable[[], bo
         TrainerError: the models or the data do not allow it.
     """
     rank = dist.get_rank()
-    engine.check_hybrid_engine(settings)
+    hybrid.check(settings)
     tokenizer = models.load_tokenizer(settings.actor.model_path)
     prompts = data.load_prompts(settings, tokenizer, device.torch)
     total_steps = settings.epochs * len(prompts.ids) // settings.gbs
@@ -78,7 +78,10 @@ def train(settings: Settings, run: Path, device: Device, warned: Callable[[], bo
         clock = Clock(device)
         rates = _learning_rates(actor, critic)
         batch = prompts.batch(step, settings.gbs)[rank * rows : (rank + 1) * rows]
-        rollout = rollouts.generate(actor, [prompts.ids[i] for i in batch], sampling, device)
+        asked = [prompts.ids[i] for i in batch]
+        if step < 2:  # the weights as loaded, and as the first update left them
+            hybrid.check_first_tokens(actor, asked, sampling, settings, device)
+        rollout = rollouts.generate(actor, asked, sampling, device)
         clock.lap("generate_seconds")
         experience = experiences.score(rollout, actor, critic, reference, reward, settings, device)
         clock.lap("score_seconds")
