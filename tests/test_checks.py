@@ -68,6 +68,8 @@ def test_origins_are_told_for_a_preset() -> None:
         (["dataset.weights=1 2"], "one weight per data set"),
         (["generation.min_new_tokens=9", "generation.max_new_tokens=8"], "must not be longer"),
         (["hybrid_engine=1"], "device=cuda only"),
+        (["evaluation.path=/a"], "set evaluation.interval"),
+        (["evaluation.prompts=9"], "set evaluation.interval"),
     ],
 )
 def test_contradiction(flags: list[str], said: str) -> None:
@@ -90,6 +92,7 @@ def test_contradiction(flags: list[str], said: str) -> None:
         ["dataset.path=/a /b", "dataset.weights=1 2"],
         ["generation.min_new_tokens=8", "generation.max_new_tokens=8"],
         ["hybrid_engine=1", "device=cuda"],
+        ["evaluation.path=/a", "evaluation.prompts=9", "evaluation.interval=10"],
     ],
 )
 def test_what_goes_together(flags: list[str]) -> None:

@@ -305,7 +305,58 @@ def test_the_prompts_of_a_run(tmp_path: Path, tokenizer: Any) -> None:
     assert prompts.seed == 9
 
 
-# 5. The order of a run.
+# 5. Held out.
+
+
+def test_held_out_prompts_never_train_and_their_doubles_neither() -> None:
+    ids = [[i % 10] for i in range(30)] + [[50 + i] for i in range(10)]
+
+    left, held = data.hold_out(ids, None, 6, 1)
+
+    assert len(held) == len(set(map(tuple, held))) == 6
+    assert left == [prompt for prompt in ids if prompt not in held]
+    assert min(map(len, (left, held))) > 0
+    assert (left, held) == data.hold_out(ids, None, 6, 1)
+    assert held != data.hold_out(ids, None, 6, 2)[1]
+
+
+def test_held_out_prompts_of_their_own() -> None:
+    own = [[7], [8], [9], [9], [3]]
+
+    left, held = data.hold_out([[1], [9], [2], [9]], own, 64, 1)
+
+    assert sorted(held) == [[3], [7], [8], [9]], "all, each once"
+    assert left == [[1], [2]]
+    assert len(data.hold_out([[1]], own, 2, 1)[1]) == 2
+
+
+def test_all_held_out_leaves_nothing_to_train_on() -> None:
+    with pytest.raises(TrainerError, match=r"all 3 are held out.*HL_EVALUATION_PROMPTS"):
+        data.hold_out([[1], [2], [1]], None, 2, 1)
+
+
+@pytest.mark.knob("evaluation.path", "evaluation.prompts")
+@pytest.mark.usefixtures("one_rank")
+def test_the_held_out_prompts_of_a_run(tmp_path: Path, tokenizer: Any) -> None:
+    train = as_jsonl(tmp_path / "a", [{"prompt": "a" * i} for i in range(1, 9)])
+    other = as_saved(tmp_path, [{"prompt": "b" * i} for i in range(1, 7)])
+    flags = (f"dataset.path={train}", "evaluation.interval=5")
+
+    def loaded(*more: str) -> data.Prompts:
+        settings = tiny.settings(*flags, *more)
+        return data.load_prompts(settings, tokenizer, torch.device("cpu"))
+
+    own = loaded("evaluation.prompts=3")
+    assert (len(own.ids), len(own.held_out)) == (5, 3)
+    assert {text[0] for text in texts(own.held_out, tokenizer)} == {"a"}
+    given = loaded(f"evaluation.path={other}")
+    assert (len(given.ids), len(given.held_out)) == (8, 6)
+    assert {text[0] for text in texts(given.held_out, tokenizer)} == {"b"}
+    never = loaded("evaluation.interval=0")
+    assert (len(never.ids), never.held_out) == (8, [])
+
+
+# 6. The order of a run.
 
 
 @hypothesis.settings(deadline=None, max_examples=60)
@@ -341,7 +392,7 @@ def test_prompts_are_padded_on_the_left(multiple: int, width: int) -> None:
     assert mask.tolist() == [[0] * left + [1, 1, 1], [0] * (left + 2) + [1]]
 
 
-# 6. Real data.
+# 7. Real data.
 
 
 @pytest.mark.parametrize("split", ["train", "test"])

@@ -17,6 +17,7 @@ from hlrlhf.trainer import experience as experiences
 from hlrlhf.trainer import rollout as rollouts
 from hlrlhf.trainer.device import Device
 from hlrlhf.trainer.errors import TrainerError
+from hlrlhf.trainer.evaluation import Evaluation
 from hlrlhf.trainer.experience import Experience
 from hlrlhf.trainer.metrics import Recorder, means
 from hlrlhf.trainer.rollout import Rollout
@@ -50,14 +51,14 @@ def train(settings: Settings, run: Path, device: Device, warned: Callable[[], bo
             f"{settings.epochs} epochs (HL_EPOCHS)"
         )
 
-    torch.manual_seed(settings.seed)
+    device.seed(settings.seed)
     updates = total_steps * settings.ppo.epochs
     actor, critic, reference, reward = _load(settings, tokenizer, device, updates)
     end_tokens = models.end_tokens(actor.module, tokenizer)
     padding = end_tokens[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     sampling = rollouts.sampling(settings, tokenizer, end_tokens, padding, device)
     # From here on the ranks must differ: the same seed would sample the same answers.
-    torch.manual_seed(settings.seed + rank)
+    device.seed(settings.seed + rank)
 
     # Folders outside the run directory may be shared by runs, whose names differ.
     saved_models = run / "checkpoints"
@@ -71,25 +72,42 @@ def train(settings: Settings, run: Path, device: Device, warned: Callable[[], bo
         recorder = Recorder(run, board, total_steps)
         print(f"{total_steps} steps of {settings.gbs} prompts on {settings.world_size} ranks")
 
+    evaluation = Evaluation(prompts.held_out, sampling, settings, device)
+
+    def evaluated(step: int) -> dict[str, float]:
+        """The numbers of an evaluation after so many steps; none where none is due."""
+        if not evaluation.due(step, total_steps):
+            return {}
+        found, records = evaluation(actor, reference, _scores(reward, settings))
+        if recorder is not None:
+            recorder.evaluation(step, found, records)
+        return found
+
     rows = settings.per_device_batch_size
     complete = True
-    began = time.perf_counter()
     for step in range(total_steps):
-        clock = Clock(device)
         rates = _learning_rates(actor, critic)
         batch = prompts.batch(step, settings.gbs)[rank * rows : (rank + 1) * rows]
         asked = [prompts.ids[i] for i in batch]
         if step < 2:  # the weights as loaded, and as the first update left them
             hybrid.check_first_tokens(actor, asked, sampling, settings, device)
+        if step == 0:
+            evaluated(0)
+            began = time.perf_counter()
+        clock = Clock(device)
         rollout = rollouts.generate(actor, asked, sampling, device)
         clock.lap("generate_seconds")
         experience = experiences.score(rollout, actor, critic, reference, reward, settings, device)
         clock.lap("score_seconds")
         losses = update(experience, actor, critic, settings, device)
         clock.lap("update_seconds")
-
         values = means(_totals(rollout, experience) | losses)
-        values |= rates | _gradient_norms(actor, critic) | clock.laps
+        values |= rates | _gradient_norms(actor, critic)
+        if found := evaluated(step + 1):
+            values |= found
+            clock.lap("evaluate_seconds")
+        values |= clock.laps
+
         # From one record to the next: nothing that a step costs is left out.
         values["seconds"] = time.perf_counter() - began
         began = time.perf_counter()
@@ -211,6 +229,22 @@ def _load(
     scorer = checked("reward model", models.load_scorer(reward_path, dtype, 0.0))
     reward = engine.frozen(scorer, settings.critic.zero_stage, settings, device)
     return actor, critic, reference, reward
+
+
+def _scores(reward: Any, settings: Settings) -> Callable[[Rollout], torch.Tensor]:
+    """What gives a rollout's scores, [b]: the reward model's, where each answer ends."""
+
+    def scores(rollout: Rollout) -> torch.Tensor:
+        rows = (rollout.sequences, rollout.attention_mask, rollout.lengths)
+        parts = zip(*(torch.split(part, settings.mbs) for part in rows), strict=True)
+        return torch.cat(
+            [
+                reward(sequences, mask, rollout.answer_width).gather(-1, last[:, None]).squeeze(-1)
+                for sequences, mask, last in parts
+            ]
+        )
+
+    return scores
 
 
 def _totals(

@@ -24,13 +24,20 @@ _INPUTS = {
     "critic.model_path",
     "reward.model_path",
     "dataset.path",
+    "evaluation.path",
     "container.image",
     "slurm.template",
     "environment.python",
 }
 
 
-_ON_HUB = {"actor.model_path", "critic.model_path", "reward.model_path", "dataset.path"}
+_ON_HUB = {
+    "actor.model_path",
+    "critic.model_path",
+    "reward.model_path",
+    "dataset.path",
+    "evaluation.path",
+}
 _DATA_FILES = (".json", ".jsonl", ".parquet", ".csv")
 
 

@@ -223,6 +223,25 @@ class Ppo(Group):
     gae_lambda: UpToOne = Field(0.95, description="Lambda of generalised advantage estimation.")
 
 
+class Evaluation(Group):
+    """The actor on held-out prompts, while it trains."""
+
+    interval: Count = Field(
+        0,
+        description="Evaluate the actor on held-out prompts every so many steps, before the first "
+        "and after the last; 0 never does.",
+        json_schema_extra=unit("steps"),
+    )
+    path: Text | None = Field(
+        None,
+        description="Held-out prompts, in the forms of dataset.path; unset: taken out of the "
+        "training prompts.",
+    )
+    prompts: Positive = Field(
+        64, description="Held-out prompts to evaluate on; of fewer, all. None of them trains."
+    )
+
+
 class Optimizer(Group):
     """AdamW, for actor and critic."""
 
@@ -409,6 +428,7 @@ class Settings(Group):
     dataset: Dataset
     generation: Generation = Field(default_factory=Generation)
     ppo: Ppo = Field(default_factory=Ppo)
+    evaluation: Evaluation = Field(default_factory=Evaluation)
     optimizer: Optimizer = Field(default_factory=Optimizer)
     hpu: Hpu = Field(default_factory=Hpu)
     slurm: Slurm = Field(default_factory=Slurm)

@@ -214,6 +214,7 @@ def _mounts(settings: Settings, run_directory: Path) -> list[str]:
         "actor.model_path": settings.actor.model_path,
         "critic.model_path": settings.critic.model_path,
         "reward.model_path": settings.reward.model_path,
+        "evaluation.path": settings.evaluation.path,
     }
     named = [(name, path) for name, path in wanted.items() if path]
     named += [("dataset.path", path) for path in settings.dataset.path]
