@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ import tiny  # noqa: E402
 from hypothesis import given  # noqa: E402
 from hypothesis import settings as hypothesis_settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
+from ranks import finish, running  # noqa: E402
 from tiny import EOS, PAD  # noqa: E402
 from transformers import AutoModelForCausalLM, GenerationConfig  # noqa: E402
 
-from hlrlhf.trainer import lora, models, rollout  # noqa: E402
+from hlrlhf.trainer import device, engine, lora, models, rollout  # noqa: E402
 
 PROMPTS = [[1, 5, 6, 7, 8, 9], [1, 30], [1, 11, 12]]
 
@@ -374,3 +376,47 @@ def test_padded_rows_have_the_log_probs_of_unpadded_ones(stubborn: Path) -> None
             expected = [float(logits[t].log_softmax(-1)[token]) for t, token in enumerate(answer)]
             assert together[i, : len(answer)].tolist() == pytest.approx(expected, abs=1e-4)
             assert all(math.isfinite(value) for value in expected)
+
+
+# 4. Ranks.
+
+ROLLOUTS = 50
+
+
+def roll_out_and_update(directory: Path) -> None:
+    """One of two ranks under ZeRO-3: rollouts of random lengths, each with an update after it."""
+    settings = tiny.settings(
+        "devices_per_node=2",
+        "actor.zero_stage=3",
+        "generation.max_new_tokens=24",
+        "optimizer.lr_scheduler=constant",
+    )
+    rank = int(os.environ["RANK"])
+    own = device.select(settings, rank)
+    engine.start(own)
+    policy = models.load_policy(str(directory / "policy"), "fp32", 0.0)
+    actor = engine.trained(policy, settings.actor, settings, own, ROLLOUTS)
+    sampling = rollout.sampling(settings, None, [EOS, 3, 4, 5, 6], PAD, own)
+    torch.manual_seed(rank)
+    tokens = []
+    for _ in range(ROLLOUTS):
+        found = rollout.generate(actor, PROMPTS[:2], sampling, own)
+        tokens.append(int(found.lengths.max()))
+        logprobs = actor(found.sequences, found.attention_mask, found.answer_width, 1.0)
+        actor.backward(-logprobs[found.answer_mask].mean())
+        actor.step()
+    (directory / f"tokens-{rank}.json").write_text(json.dumps(tokens))
+
+
+@pytest.mark.slow
+def test_ranks_whose_answers_differ_in_length_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    tiny.save_policy(tmp_path / "policy", "llama", initializer_range=0.1)
+
+    with running(tmp_path, 2, what=roll_out_and_update) as processes:
+        run = finish(tmp_path, processes)
+
+    assert run.codes == [0, 0], run.output
+    first, second = (json.loads((tmp_path / f"tokens-{rank}.json").read_text()) for rank in (0, 1))
+    assert len(first) == len(second) == ROLLOUTS
+    assert sum(one != other for one, other in zip(first, second, strict=True)) > ROLLOUTS / 2
+    assert len({*first, *second}) > 10
