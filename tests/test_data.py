@@ -114,6 +114,7 @@ def test_formats(
     assert texts(read(path, tokenizer), tokenizer) == TEXTS
 
 
+@pytest.mark.knob("dataset.split")
 @pytest.mark.parametrize("save", [as_saved_splits, as_folder_of_files])
 def test_another_split(tmp_path: Path, tokenizer: Any, save: Any) -> None:
     path = save(tmp_path, [{"prompt": text} for text in TEXTS])
@@ -154,6 +155,7 @@ def test_a_transcript_is_cut_before_its_last_answer(tmp_path: Path, tokenizer: A
     assert found == "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
 
 
+@pytest.mark.knob("dataset.prompt_column")
 def test_the_prompt_column_is_taken_before_messages_and_transcripts(
     tmp_path: Path, tokenizer: Any
 ) -> None:
@@ -198,6 +200,7 @@ def test_a_prompt_does_not_end_with_an_end_token(tmp_path: Path) -> None:
     assert texts(found, tokenizer) == ["closed", "open"]
 
 
+@pytest.mark.knob("dataset.max_prompt_tokens")
 def test_long_and_empty_prompts_are_dropped_and_counted(
     tmp_path: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -290,6 +293,7 @@ def test_weights_are_shares_and_no_prompt_is_taken_twice(
         assert mixed != data.blend(sets, weights, 4)
 
 
+@pytest.mark.knob("dataset.path", "dataset.weights")
 @pytest.mark.usefixtures("one_rank")
 def test_the_prompts_of_a_run(tmp_path: Path, tokenizer: Any) -> None:
     first = as_jsonl(tmp_path / "a", [{"prompt": "a" * i} for i in range(1, 7)])

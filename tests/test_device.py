@@ -214,6 +214,7 @@ model.train()(torch.zeros(1, 2, device=hpu.torch)).sum().backward()
 """
 
 
+@pytest.mark.knob("enable_hpu_graphs", "hpu.lazy_mode")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "in_graph"),
