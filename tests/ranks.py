@@ -12,7 +12,7 @@ import os
 import runpy
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,16 +109,28 @@ def variables(rank: int, ranks: int, port: int) -> dict[str, str]:
     }
 
 
+def _trainer(directory: Path) -> None:
+    sys.argv[1:] = [str(directory)]
+    runpy.run_module("hlrlhf.trainer", run_name="__main__", alter_sys=True)
+
+
 @contextmanager
 def running(
-    directory: Path, ranks: int = 1, port: int | None = None, **environ: str
+    directory: Path,
+    ranks: int = 1,
+    port: int | None = None,
+    what: Callable[[Path], None] = _trainer,
+    **environ: str,
 ) -> Iterator[list[Any]]:
-    """The processes of a run while it goes on; leaving the context ends those that still do."""
+    """The processes of a run while it goes on; leaving the context ends those that still do.
+
+    Each calls `what` with the directory: a function of a module's own, by default the trainer.
+    """
     with rendezvous_port(29500, keep=False, seed=os.getpid()) as free:
         processes = []
         for rank in range(ranks):
             own = variables(rank, ranks, port or free) | environ
-            target = (str(directory), own, str(_log(directory, rank)))
+            target = (what, directory, own, str(_log(directory, rank)))
             processes.append(_processes.Process(target=_rank, args=target))
         try:
             for process in processes:
@@ -131,7 +143,7 @@ def running(
 
 
 def finish(directory: Path, processes: list[Any]) -> Run:
-    """Wait until all ranks have ended by themselves."""
+    """Wait until all ranks have ended by themselves; one that hangs has no code."""
     deadline = time.monotonic() + _LIMIT
     for process in processes:
         process.join(max(0, deadline - time.monotonic()))
@@ -150,7 +162,7 @@ def _log(directory: Path, rank: int) -> Path:
     return directory / f"rank-{rank}.log"
 
 
-def _rank(directory: str, environ: dict[str, str], log: str) -> None:
+def _rank(what: Callable[[Path], None], directory: Path, environ: dict[str, str], log: str) -> None:
     os.environ.update(environ)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
@@ -162,5 +174,4 @@ def _rank(directory: str, environ: dict[str, str], log: str) -> None:
     import torch
 
     torch.set_num_threads(1)
-    sys.argv[1:] = [directory]
-    runpy.run_module("hlrlhf.trainer", run_name="__main__", alter_sys=True)
+    what(directory)

@@ -71,9 +71,12 @@ def test_origins_are_told_for_a_preset() -> None:
         (["only_optimize_lora=1"], "there is no LoRA to optimize"),
         (["dataset.path=/a /b", "dataset.weights=1"], "one weight per data set"),
         (["dataset.weights=1 2"], "one weight per data set"),
+        (["generation.min_new_tokens=9", "generation.max_new_tokens=8"], "must not be longer"),
         (["hybrid_engine=1"], "device=cuda only"),
         (["reward.model_weight=0"], "nothing scores the answers"),
         (["reward.own_tokenizer=1"], "set the reward model's path"),
+        (["evaluation.path=/a"], "set evaluation.interval"),
+        (["evaluation.prompts=9"], "set evaluation.interval"),
     ],
 )
 def test_contradiction(flags: list[str], said: str) -> None:
@@ -94,9 +97,11 @@ def test_contradiction(flags: list[str], said: str) -> None:
         ["container.kind=docker", "container.image=x", "container.mounts=/a:/b"],
         ["only_optimize_lora=1", "lora.dim=8"],
         ["dataset.path=/a /b", "dataset.weights=1 2"],
+        ["generation.min_new_tokens=8", "generation.max_new_tokens=8"],
         ["hybrid_engine=1", "device=cuda"],
         ["reward.model_weight=0", "reward.function=mine:score"],
         ["reward.own_tokenizer=1", "reward.model_path=/rm"],
+        ["evaluation.path=/a", "evaluation.prompts=9", "evaluation.interval=10"],
     ],
 )
 def test_what_goes_together(flags: list[str]) -> None:

@@ -114,6 +114,7 @@ def test_formats(
     assert texts(read(path, tokenizer), tokenizer) == TEXTS
 
 
+@pytest.mark.knob("dataset.split")
 @pytest.mark.parametrize("save", [as_saved_splits, as_folder_of_files])
 def test_another_split(tmp_path: Path, tokenizer: Any, save: Any) -> None:
     path = save(tmp_path, [{"prompt": text} for text in TEXTS])
@@ -154,6 +155,7 @@ def test_a_transcript_is_cut_before_its_last_answer(tmp_path: Path, tokenizer: A
     assert found == "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
 
 
+@pytest.mark.knob("dataset.prompt_column")
 def test_the_prompt_column_is_taken_before_messages_and_transcripts(
     tmp_path: Path, tokenizer: Any
 ) -> None:
@@ -198,6 +200,7 @@ def test_a_prompt_does_not_end_with_an_end_token(tmp_path: Path) -> None:
     assert texts(found, tokenizer) == ["closed", "open"]
 
 
+@pytest.mark.knob("dataset.max_prompt_tokens")
 def test_long_and_empty_prompts_are_dropped_and_counted(
     tmp_path: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -290,6 +293,7 @@ def test_weights_are_shares_and_no_prompt_is_taken_twice(
         assert mixed != data.blend(sets, weights, 4)
 
 
+@pytest.mark.knob("dataset.path", "dataset.weights")
 @pytest.mark.usefixtures("one_rank")
 def test_the_prompts_of_a_run(tmp_path: Path, tokenizer: Any) -> None:
     first = as_jsonl(tmp_path / "a", [{"prompt": "a" * i} for i in range(1, 7)])
@@ -305,7 +309,58 @@ def test_the_prompts_of_a_run(tmp_path: Path, tokenizer: Any) -> None:
     assert prompts.seed == 9
 
 
-# 5. The order of a run.
+# 5. Held out.
+
+
+def test_held_out_prompts_never_train_and_their_doubles_neither() -> None:
+    ids = [[i % 10] for i in range(30)] + [[50 + i] for i in range(10)]
+
+    left, held = data.hold_out(ids, None, 6, 1)
+
+    assert len(held) == len(set(map(tuple, held))) == 6
+    assert left == [prompt for prompt in ids if prompt not in held]
+    assert min(map(len, (left, held))) > 0
+    assert (left, held) == data.hold_out(ids, None, 6, 1)
+    assert held != data.hold_out(ids, None, 6, 2)[1]
+
+
+def test_held_out_prompts_of_their_own() -> None:
+    own = [[7], [8], [9], [9], [3]]
+
+    left, held = data.hold_out([[1], [9], [2], [9]], own, 64, 1)
+
+    assert sorted(held) == [[3], [7], [8], [9]], "all, each once"
+    assert left == [[1], [2]]
+    assert len(data.hold_out([[1]], own, 2, 1)[1]) == 2
+
+
+def test_all_held_out_leaves_nothing_to_train_on() -> None:
+    with pytest.raises(TrainerError, match=r"all 3 are held out.*HL_EVALUATION_PROMPTS"):
+        data.hold_out([[1], [2], [1]], None, 2, 1)
+
+
+@pytest.mark.knob("evaluation.path", "evaluation.prompts")
+@pytest.mark.usefixtures("one_rank")
+def test_the_held_out_prompts_of_a_run(tmp_path: Path, tokenizer: Any) -> None:
+    train = as_jsonl(tmp_path / "a", [{"prompt": "a" * i} for i in range(1, 9)])
+    other = as_saved(tmp_path, [{"prompt": "b" * i} for i in range(1, 7)])
+    flags = (f"dataset.path={train}", "evaluation.interval=5")
+
+    def loaded(*more: str) -> data.Prompts:
+        settings = tiny.settings(*flags, *more)
+        return data.load_prompts(settings, tokenizer, torch.device("cpu"))
+
+    own = loaded("evaluation.prompts=3")
+    assert (len(own.ids), len(own.held_out)) == (5, 3)
+    assert {text[0] for text in texts(own.held_out, tokenizer)} == {"a"}
+    given = loaded(f"evaluation.path={other}")
+    assert (len(given.ids), len(given.held_out)) == (8, 6)
+    assert {text[0] for text in texts(given.held_out, tokenizer)} == {"b"}
+    never = loaded("evaluation.interval=0")
+    assert (len(never.ids), never.held_out) == (8, [])
+
+
+# 6. The order of a run.
 
 
 @hypothesis.settings(deadline=None, max_examples=60)
@@ -341,7 +396,7 @@ def test_prompts_are_padded_on_the_left(multiple: int, width: int) -> None:
     assert mask.tolist() == [[0] * left + [1, 1, 1], [0] * (left + 2) + [1]]
 
 
-# 6. Real data.
+# 7. Real data.
 
 
 @pytest.mark.parametrize("split", ["train", "test"])

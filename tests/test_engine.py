@@ -14,10 +14,8 @@ torch = pytest.importorskip("torch")
 import tiny  # noqa: E402
 from tiny import one_rank  # noqa: E402, F401
 from torch import nn  # noqa: E402
-from torch.utils import cpp_extension  # noqa: E402
 
 from hlrlhf.trainer import engine, lora, models  # noqa: E402
-from hlrlhf.trainer.errors import TrainerError  # noqa: E402
 
 ROWS = [[1, 5, 6, 7], [1, 30, 31]]
 
@@ -289,15 +287,3 @@ def test_sums_and_votes_of_one_rank() -> None:
     assert engine.summed(torch.tensor([1.5, 2.0])).tolist() == [1.5, 2.0]
     assert engine.agreed(True, device)
     assert not engine.agreed(False, device)
-
-
-def test_the_hybrid_engine_is_refused_where_its_kernels_cannot_be_built(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    # As on a node that has a GPU and torch's own CUDA libraries, but no compiler for more.
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
-
-    with pytest.raises(TrainerError, match="HL_HYBRID_ENGINE=0"):
-        engine.check_hybrid_engine(tiny.settings("device=cuda", "hybrid_engine=true"))
-    engine.check_hybrid_engine(tiny.settings())

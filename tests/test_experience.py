@@ -18,7 +18,7 @@ from transformers import (  # noqa: E402
     AutoModelForSequenceClassification,
 )
 
-from hlrlhf.trainer import experience, models  # noqa: E402
+from hlrlhf.trainer import experience, models, rollout  # noqa: E402
 from hlrlhf.trainer.rewards import Rewards  # noqa: E402
 from hlrlhf.trainer.scores import ModelScores  # noqa: E402
 
@@ -117,6 +117,55 @@ def test_log_probs_of_actor_and_reference(case: Case) -> None:
     reference = AutoModelForCausalLM.from_pretrained(case.actor)
     assert near(valid(found.reference, found), slow_logprobs(reference))
     assert not found.logprobs.equal(found.reference)
+
+
+@pytest.mark.knob("generation.temperature")
+@pytest.mark.parametrize(
+    ("flags", "truncated"),
+    [
+        ((), False),
+        (("top_k=5",), True),
+        (("top_k=9", "top_p=0.8", "min_new_tokens=3", "temperature=1.9"), True),
+        (("min_new_tokens=6", "temperature=1.9"), True),
+    ],
+)
+def test_log_probs_are_those_of_the_distribution_that_was_sampled_from(
+    case: Case, flags: tuple[str, ...], truncated: bool
+) -> None:
+    """Against the scores that ``generate`` drew the very tokens from.
+
+    Truncated, they are the whole policy's: above the sampler's by the log of the mass it kept.
+    """
+    actor, critic, reference, _ = case.load()
+    flags = ("temperature=0.7", "max_new_tokens=8", *flags)
+    settings = tiny.settings("mbs=2", *(f"generation.{flag}" for flag in flags))
+    device = tiny.cpu(settings)
+    steps: list[Any] = []
+
+    def generate(**arguments: Any) -> Any:
+        told = {"output_scores": True, "output_logits": True, "return_dict_in_generate": True}
+        made = actor.lm.generate(**arguments, **told)
+        steps.extend(zip(made.scores, made.logits, strict=True))
+        return made.sequences
+
+    actor.generate = generate
+    torch.manual_seed(5)
+    sampling = rollout.sampling(settings, None, [EOS], PAD, device)
+    made = rollout.generate(tiny.Engine(actor), PROMPTS * 4, sampling, device)
+    engines = (tiny.Engine(actor), tiny.Engine(critic))
+    rewards = Rewards([(1.0, lambda rollout: torch.zeros(len(rollout.ended)))], settings)
+    found = experience.score(made, *engines, reference, rewards, settings, device, 0.1)
+
+    mask = made.answer_mask
+    scores, logits = (torch.stack(part, 1).double() for part in zip(*steps, strict=True))
+    tokens = made.sequences[:, -made.answer_width :, None]
+    sampler = scores.log_softmax(-1).gather(-1, tokens).squeeze(-1)
+    whole = (logits / settings.generation.temperature).softmax(-1)
+    kept = (whole * scores.isfinite()).sum(-1)
+    assert bool((kept[mask] < 1 - 1e-6).any()) is truncated
+    expected = (sampler + kept.log())[mask]
+    torch.testing.assert_close(found.logprobs.double()[mask], expected, rtol=0, atol=TOLERANCE)
+    assert mask.sum() > 50
 
 
 def test_scores_are_the_classifiers_own_at_the_end_of_each_answer(case: Case) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from mandatory import MANDATORY
 
@@ -381,6 +383,27 @@ def test_dump_and_load_give_the_same_settings(
         given_values[f"slurm.{key}"] = given_values[f"slurm.{key}"]._replace(value=value)
     resolved = Resolved(settings, given_values, None)
     assert load(written(folder / "settings.yaml", dump(resolved))) == settings
+
+
+@pytest.mark.parametrize("given", [r'["\n\nHuman:", "</s>"]', "'\n\nHuman:' '</s>'"])
+def test_stop_strings_may_hold_newlines(tmp_path: Path, given: str) -> None:
+    resolved = resolve(environ=MANDATORY | {"HL_GENERATION_STOP": given})
+
+    assert resolved.settings.generation.stop == ["\n\nHuman:", "</s>"]
+    lines = dump(resolved).splitlines()
+    assert '  stop: ["\\n\\nHuman:", "</s>"]  # environment HL_GENERATION_STOP' in lines
+
+
+@hypothesis_settings(deadline=None)
+@given(st.lists(st.text(min_size=1), max_size=3))
+def test_any_stop_strings_survive_the_file(
+    tmp_path_factory: pytest.TempPathFactory, strings: list[str]
+) -> None:
+    resolved = resolve(environ=MANDATORY, flags=[f"generation.stop={shlex.join(strings)}"])
+
+    file = written(tmp_path_factory.getbasetemp() / "settings.yaml", dump(resolved))
+
+    assert load(file).generation.stop == resolved.settings.generation.stop == strings
 
 
 def test_load_refuses_an_incomplete_file(tmp_path: Path) -> None:

@@ -173,3 +173,38 @@ def test_tensorboard_reads_the_event_files(tmp_path: Path) -> None:
     assert set(events.Tags()["scalars"]) == set(values(0.0))
     found = [(event.step, event.value) for event in events.Scalars("reward")]
     assert found == [(1, 0.5), (2, 1.5)]
+
+
+def test_evaluations_have_a_line_per_prompt_and_step_0_has_metrics_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recorder = Recorder(tmp_path, tmp_path / "tensorboard", 1)
+    answers = [{"prompt": "p", "answer": "a", "score": 0.5}, {"prompt": "q"}]
+    recorder.evaluation(0, {"evaluation_reward": 0.25, "evaluation_kl": 0.0}, answers)
+    assert capsys.readouterr().out == "evaluation after 0 steps  reward 0.25  kl 0\n"
+    later = {"evaluation_reward": 0.75}
+    recorder.evaluation(1, later, answers[:1])
+    recorder.step(values(1.0) | later)
+    recorder.close()
+
+    written = [(line["step"], line["attempt"]) for line in lines(tmp_path / "evaluations.jsonl")]
+    assert written == [(0, 0), (0, 0), (1, 0)]
+    assert lines(tmp_path / "evaluations.jsonl")[0] == {"step": 0, "attempt": 0} | answers[0]
+    before, first = lines(tmp_path / "metrics.jsonl")
+    assert before == {
+        "step": 0,
+        "total_steps": 1,
+        "attempt": 0,
+        "evaluation_reward": 0.25,
+        "evaluation_kl": 0.0,
+    }
+    assert (first["step"], first["evaluation_reward"]) == (1, 0.75)
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    shown = [(event.step, event.value) for event in board.Scalars("evaluation_reward")]
+    assert shown == [(0, 0.25), (1, 0.75)]
+
+
+def test_without_an_evaluation_there_is_no_file_of_one(tmp_path: Path) -> None:
+    record(tmp_path, [0.5])
+
+    assert not (tmp_path / "evaluations.jsonl").exists()

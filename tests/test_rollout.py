@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ import tiny  # noqa: E402
 from hypothesis import given  # noqa: E402
 from hypothesis import settings as hypothesis_settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
+from ranks import finish, running  # noqa: E402
 from tiny import EOS, PAD  # noqa: E402
 from transformers import AutoModelForCausalLM, GenerationConfig  # noqa: E402
 
-from hlrlhf.trainer import lora, models, rollout  # noqa: E402
+from hlrlhf.trainer import device, engine, lora, models, rollout  # noqa: E402
 
 PROMPTS = [[1, 5, 6, 7, 8, 9], [1, 30], [1, 11, 12]]
 
@@ -28,12 +30,14 @@ def ended_at(
     end_tokens: list[int],
     padding: int = PAD,
     multiple: int = 1,
+    ends: list[int] | None = None,
 ) -> rollout.Rollout:
     """The rollout from answers to one-token prompts."""
     sequences = torch.tensor([[20, *answer] for answer in answers])
     config = GenerationConfig(eos_token_id=end_tokens, pad_token_id=padding)
     prompt_mask = torch.ones(len(answers), 1, dtype=torch.long)
-    return rollout.from_sequences(sequences, prompt_mask, config, multiple)
+    strings = None if ends is None else torch.tensor(ends)
+    return rollout.from_sequences(sequences, prompt_mask, config, multiple, strings)
 
 
 def answers_of(found: rollout.Rollout) -> list[list[int]]:
@@ -92,6 +96,16 @@ def test_an_end_token_in_the_prompt_ends_nothing() -> None:
 
     assert answers_of(found) == [[7, 2]]
     assert found.attention_mask.tolist() == [[0, 1, 1, 1, 1]]
+
+
+def test_a_stop_string_ends_an_answer_as_an_end_token_does() -> None:
+    answers = [[7, 8, 9, 10], [7, 2, 8, 0], [7, 8, 9, 2], [7, 8, 9, 10], [2, 7, 0, 0]]
+    # The second's would follow its end token, the last has none.
+    found = ended_at(answers, [2], multiple=3, ends=[1, 2, 3, -1, 0])
+
+    assert answers_of(found) == [[7, 8], [7, 2], [7, 8, 9, 2], [7, 8, 9, 10], [2]]
+    assert found.ended.tolist() == [True, True, True, False, True]
+    assert found.answer_width == 6
 
 
 def test_answers_are_widened_to_a_multiple() -> None:
@@ -160,13 +174,15 @@ def sample(
     *flags: str,
     padding: int = PAD,
     seed: int = 0,
+    tokenizer: Any = None,
+    static_cache: bool = False,
 ) -> rollout.Rollout:
     settings = tiny.settings("generation.max_new_tokens=2", *flags)
     device = tiny.cpu(settings)
+    device.static_cache = static_cache
     torch.manual_seed(seed)
-    return rollout.generate(
-        tiny.Engine(policy), prompts, rollout.sampling(settings, [EOS], padding, device), device
-    )
+    sampling = rollout.sampling(settings, tokenizer, [EOS], padding, device)
+    return rollout.generate(tiny.Engine(policy), prompts, sampling, device)
 
 
 def first_tokens(found: rollout.Rollout) -> Any:
@@ -195,6 +211,7 @@ def plain_logits(folder: Path, prompt: list[int]) -> Any:
 ROWS = 1500
 
 
+@pytest.mark.knob("generation.temperature")
 @pytest.mark.parametrize(("with_lora", "temperature"), [(False, 1.0), (False, 2.0), (True, 1.0)])
 def test_answers_are_samples_of_the_policy_whatever_the_checkpoint_asks_for(
     stubborn: Path, with_lora: bool, temperature: float
@@ -218,6 +235,7 @@ def test_answers_are_samples_of_the_policy_whatever_the_checkpoint_asks_for(
         assert far_from(followed, (after / temperature).softmax(-1)) < 2.5
 
 
+@pytest.mark.knob("generation.top_k", "generation.top_p")
 def test_top_k_and_top_p_are_the_settings_own(stubborn: Path) -> None:
     policy = models.load_policy(str(stubborn), "fp32", 0.0)
     probabilities = (plain_logits(stubborn, PROMPTS[1]) / 3).softmax(-1)
@@ -233,6 +251,57 @@ def test_top_k_and_top_p_are_the_settings_own(stubborn: Path) -> None:
     )
     nucleus = int((probabilities[ranked].cumsum(0) < 0.5).sum()) + 1
     assert set(tokens.tolist()) == set(ranked[:nucleus])
+
+
+@pytest.fixture(scope="module")
+def speaker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A policy that speaks the test's tokenizer: every token about as likely as the next."""
+    folder = tmp_path_factory.mktemp("speaker")
+    vocabulary = len(tiny.tokenizer())
+    return tiny.save_policy(folder, "llama", vocabulary=vocabulary, initializer_range=0.02)
+
+
+@pytest.mark.knob("generation.stop")
+@pytest.mark.parametrize(("with_lora", "static_cache"), [(False, True), (True, False)])
+def test_stop_strings_end_answers(speaker: Path, with_lora: bool, static_cache: bool) -> None:
+    tokenizer = tiny.tokenizer()
+    policy = models.load_policy(str(speaker), "fp32", 0.0)
+    if with_lora:
+        lora.add_adapters(policy, tiny.settings("lora.dim=2"))
+    stop = ["an", "e", "\n", "ss", "."]
+    flags = (f"generation.stop={json.dumps(stop)}", "generation.max_new_tokens=12")
+
+    found = sample(
+        policy, PROMPTS * 25, *flags, tokenizer=tokenizer, padding=EOS, static_cache=static_cache
+    )
+
+    by_string = 0
+    for tokens, ended in zip(answers_of(found), found.ended.tolist(), strict=True):
+        text, before = tokenizer.decode(tokens), tokenizer.decode(tokens[:-1])
+        assert not any(string in before for string in stop), "an answer ends with the first"
+        string = any(string in text for string in stop)
+        by_string += string
+        assert ended == (string or tokens[-1] == EOS)
+        assert ended or len(tokens) == 12
+    assert by_string > 20
+    without = sample(policy, PROMPTS * 25, flags[1], tokenizer=tokenizer)
+    assert without.lengths.float().mean() > found.lengths.float().mean() + 2
+
+
+@pytest.mark.knob("generation.max_new_tokens", "generation.min_new_tokens")
+def test_answers_are_as_long_as_they_may_and_must_be(speaker: Path) -> None:
+    tokenizer = tiny.tokenizer()
+    policy = models.load_policy(str(speaker), "fp32", 0.0)
+    stop = f"generation.stop={json.dumps([chr(i) for i in range(97, 123)])}"
+    flags = (stop, "generation.max_new_tokens=9")
+
+    free = sample(policy, PROMPTS * 99, *flags, tokenizer=tokenizer)
+    held = sample(policy, PROMPTS * 99, *flags, "generation.min_new_tokens=5", tokenizer=tokenizer)
+
+    assert (int(free.lengths.min()), int(free.lengths.max())) == (1, 9)
+    assert (int(held.lengths.min()), int(held.lengths.max())) == (5, 9)
+    early = [found.sequences[:, -found.answer_width :][:, :4] for found in (free, held)]
+    assert [bool((tokens == EOS).any()) for tokens in early] == [True, False]
 
 
 def test_more_than_fifty_tokens_can_be_sampled(tmp_path: Path) -> None:
@@ -307,3 +376,47 @@ def test_padded_rows_have_the_log_probs_of_unpadded_ones(stubborn: Path) -> None
             expected = [float(logits[t].log_softmax(-1)[token]) for t, token in enumerate(answer)]
             assert together[i, : len(answer)].tolist() == pytest.approx(expected, abs=1e-4)
             assert all(math.isfinite(value) for value in expected)
+
+
+# 4. Ranks.
+
+ROLLOUTS = 50
+
+
+def roll_out_and_update(directory: Path) -> None:
+    """One of two ranks under ZeRO-3: rollouts of random lengths, each with an update after it."""
+    settings = tiny.settings(
+        "devices_per_node=2",
+        "actor.zero_stage=3",
+        "generation.max_new_tokens=24",
+        "optimizer.lr_scheduler=constant",
+    )
+    rank = int(os.environ["RANK"])
+    own = device.select(settings, rank)
+    engine.start(own)
+    policy = models.load_policy(str(directory / "policy"), "fp32", 0.0)
+    actor = engine.trained(policy, settings.actor, settings, own, ROLLOUTS)
+    sampling = rollout.sampling(settings, None, [EOS, 3, 4, 5, 6], PAD, own)
+    torch.manual_seed(rank)
+    tokens = []
+    for _ in range(ROLLOUTS):
+        found = rollout.generate(actor, PROMPTS[:2], sampling, own)
+        tokens.append(int(found.lengths.max()))
+        logprobs = actor(found.sequences, found.attention_mask, found.answer_width, 1.0)
+        actor.backward(-logprobs[found.answer_mask].mean())
+        actor.step()
+    (directory / f"tokens-{rank}.json").write_text(json.dumps(tokens))
+
+
+@pytest.mark.slow
+def test_ranks_whose_answers_differ_in_length_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    tiny.save_policy(tmp_path / "policy", "llama", initializer_range=0.1)
+
+    with running(tmp_path, 2, what=roll_out_and_update) as processes:
+        run = finish(tmp_path, processes)
+
+    assert run.codes == [0, 0], run.output
+    first, second = (json.loads((tmp_path / f"tokens-{rank}.json").read_text()) for rank in (0, 1))
+    assert len(first) == len(second) == ROLLOUTS
+    assert sum(one != other for one, other in zip(first, second, strict=True)) > ROLLOUTS / 2
+    assert len({*first, *second}) > 10

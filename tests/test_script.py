@@ -406,8 +406,14 @@ def test_bash_takes_every_value_as_it_is(
 )
 @pytest.mark.parametrize("container", ["apptainer", "docker", "pyxis"])
 def test_containers_get_every_value_as_it_is(
-    run_script: Run, tmp_path_factory: pytest.TempPathFactory, container: str, text: str
+    run_script: Run,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    container: str,
+    text: str,
 ) -> None:
+    # An image with the name of a file here would be taken for that file.
+    monkeypatch.chdir(tmp_path_factory.mktemp("empty"))
     folder = tmp_path_factory.mktemp("run")
     directory = folder / f"run {text}".replace("\\", "")
     flags = [
@@ -417,14 +423,17 @@ def test_containers_get_every_value_as_it_is(
         "container.mounts=['/m" + text.replace("'", "''") + ":/m']",
         f"hpu.recipe_cache_path={folder}/cache{text}",
         f"environment.python={recorder(folder)}",
+        "evaluation.interval=1",
     ]
-    text_of_script = render(flags, directory, environ={"HL_ACTOR_MODEL_PATH": f"/actor{text}"})
+    paths = {"HL_ACTOR_MODEL_PATH": f"/actor{text}", "HL_EVALUATION_PATH": f"/eval{text}"}
+    text_of_script = render(flags, directory, environ=paths)
     done, words = run_script(text_of_script, directory, NCCL_DEBUG="INFO", OTHER="x")
     assert done.returncode == 0, done.stderr
     trainer = ["-m", "hlrlhf.trainer", str(directory)]
     if container == "pyxis":
         mounts = next(word for word in words if word.startswith("--container-mounts="))
         assert f"/actor{text}:/actor{text}" in mounts
+        assert f"/eval{text}:/eval{text}" in mounts
         assert f"/m{text}:/m" in mounts
         assert f"--container-image={text}" in words
     else:
@@ -432,6 +441,7 @@ def test_containers_get_every_value_as_it_is(
         option = "--bind" if container == "apptainer" else "--volume"
         mounts = [after for before, after in pairwise(last) if before == option]
         assert f"/actor{text}:/actor{text}" in mounts
+        assert f"/eval{text}:/eval{text}" in mounts
         assert f"{directory}:{directory}" in mounts
         image = last.index(text, last.index(f"--y={text}"))
         assert last[image + 1 : image + 5] == [str(folder / "python"), *trainer]

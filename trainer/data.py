@@ -9,7 +9,7 @@ from __future__ import annotations
 import glob
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,12 @@ class Prompts:
     Attributes:
         ids: the prompts' token ids.
         seed: of the order.
+        held_out: prompts that never train, to evaluate on.
     """
 
     ids: list[list[int]]
     seed: int
+    held_out: list[list[int]] = field(default_factory=list)
 
     def batch(self, step: int, size: int) -> list[int]:
         """Indices of the global batch of a step.
@@ -67,20 +69,29 @@ class Prompts:
 def load_prompts(settings: Settings, tokenizer: Any, device: torch.device) -> Prompts:
     """Every prompt of the run, on every rank.
 
-    Rank 0 prints how many there are and how many were dropped as too long.
+    Rank 0 prints how many there are, and how many were dropped as too long or are held out.
 
     Raises:
         TrainerError: on rank 0, when a data set cannot be read, lacks the column, or leaves no
             prompt.
     """
     ids: list[list[int]] = []
+    held_out: list[list[int]] = []
+    evaluation = settings.evaluation
     if dist.get_rank() == 0:
         ids = blend(
             [read(path, settings, tokenizer) for path in settings.dataset.path],
             settings.dataset.weights,
             settings.seed,
         )
-    return Prompts(to_all_ranks(ids, device), settings.seed)
+        if evaluation.interval:
+            own = read(evaluation.path, settings, tokenizer) if evaluation.path else None
+            ids, held_out = hold_out(ids, own, evaluation.prompts, settings.seed)
+            print(f"{len(held_out)} prompts are held out to evaluate on, {len(ids)} train")
+    ids = to_all_ranks(ids, device)
+    if evaluation.interval:
+        held_out = to_all_ranks(held_out, device)
+    return Prompts(ids, settings.seed, held_out)
 
 
 def read(path: str, settings: Settings, tokenizer: Any) -> list[list[int]]:
@@ -143,6 +154,33 @@ def blend(
         chosen = torch.randperm(len(prompts), generator=generator)[: round(scale * weight)]
         mixed += [prompts[position] for position in chosen.tolist()]
     return mixed
+
+
+def hold_out(
+    ids: list[list[int]], own: list[list[int]] | None, count: int, seed: int
+) -> tuple[list[list[int]], list[list[int]]]:
+    """The prompts that train and those that do not, without one that is in both.
+
+    Args:
+        ids: prompts to train on.
+        own: prompts to evaluate on; None takes them out of `ids`.
+        count: how many to evaluate on, at most.
+        seed: of the choice.
+
+    Raises:
+        TrainerError: none is left to train on.
+    """
+    pool = list(dict.fromkeys(map(tuple, ids if own is None else own)))
+    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
+    chosen = [pool[position] for position in order[:count].tolist()]
+    held = set(chosen)
+    left = [prompt for prompt in ids if tuple(prompt) not in held]
+    if not left:
+        raise TrainerError(
+            f"no prompt is left to train on: all {len(ids)} are held out to evaluate on; lower "
+            "HL_EVALUATION_PROMPTS, or give others with HL_EVALUATION_PATH"
+        )
+    return left, [list(prompt) for prompt in chosen]
 
 
 def pad_left(prompts: Sequence[list[int]], pad: int, multiple: int) -> tuple[Tensor, Tensor]:

@@ -33,6 +33,24 @@ class Device:
 
     def __init__(self, settings: Settings, local_rank: int):
         self.torch = torch.device("cpu")
+        # What holds a state of random numbers: modules of one form.
+        self._random: list[Any] = [torch.random]
+
+    def seed(self, seed: int) -> None:
+        """Begin all random numbers of this rank anew."""
+        for module in self._random:
+            module.manual_seed(seed)
+
+    @contextlib.contextmanager
+    def seeded(self, seed: int) -> Iterator[None]:
+        """Draw random numbers from `seed`; afterwards they go on as if none had been drawn."""
+        states = [module.get_rng_state() for module in self._random]
+        self.seed(seed)
+        try:
+            yield
+        finally:
+            for module, state in zip(self._random, states, strict=True):
+                module.set_rng_state(state)
 
     def step_done(self) -> None:
         """Tell the device that a part of a step is complete."""
@@ -89,6 +107,7 @@ class Cuda(Device):
             )
         self.torch = torch.device("cuda", local_rank)
         torch.cuda.set_device(self.torch)
+        self._random = [torch.random, torch.cuda]
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()
@@ -129,6 +148,8 @@ class Hpu(Device):
             )
         if not self._hpu.is_available():
             raise TrainerError("device = hpu, but the Gaudi bridge sees no device on this node")
+        # torch's own manual_seed leaves the device's numbers as they are.
+        self._random = [torch.random, self._hpu.random]
         self._graphs = self._lazy and settings.enable_hpu_graphs
         self._optimum = _adapt_transformers()
         # Optimum's generate keeps shapes static in a way of its own.

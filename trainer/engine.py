@@ -40,28 +40,6 @@ def start(device: Device) -> None:
         raise
 
 
-def check_hybrid_engine(settings: Settings) -> None:
-    """Stop before any model loads when DeepSpeed's hybrid engine cannot run here.
-
-    Raises:
-        TrainerError: naming what is missing.
-    """
-    if not settings.hybrid_engine:
-        return
-    from deepspeed.ops.op_builder.builder import MissingCUDAException
-    from deepspeed.ops.op_builder.transformer_inference import InferenceBuilder
-
-    try:
-        compatible = InferenceBuilder().is_compatible(verbose=False)
-    except MissingCUDAException:
-        compatible = False
-    if not compatible:
-        raise TrainerError(
-            "hybrid_engine = true, but DeepSpeed cannot build its inference kernels here (no CUDA "
-            "compiler, or this GPU is not supported); set HL_HYBRID_ENGINE=0"
-        )
-
-
 def trained(
     model: Policy | Scorer, own: Actor | Critic, settings: Settings, device: Device, updates: int
 ) -> Any:

@@ -12,11 +12,12 @@ import torch.distributed as dist
 
 from hlrlhf.settings import Settings
 from hlrlhf.settings.schema import Actor, Critic
-from hlrlhf.trainer import checkpoint, data, engine, flops, lora, models, ppo, pretraining
+from hlrlhf.trainer import checkpoint, data, engine, flops, hybrid, lora, models, ppo, pretraining
 from hlrlhf.trainer import experience as experiences
 from hlrlhf.trainer import rollout as rollouts
 from hlrlhf.trainer.device import Device
 from hlrlhf.trainer.errors import TrainerError
+from hlrlhf.trainer.evaluation import Evaluation
 from hlrlhf.trainer.experience import Experience
 from hlrlhf.trainer.flops import Cost
 from hlrlhf.trainer.guards import Guard
@@ -42,7 +43,7 @@ def train(settings: Settings, run: Path, device: Device, warned: Callable[[], bo
         TrainerError: the models or the data do not allow it.
     """
     rank = dist.get_rank()
-    engine.check_hybrid_engine(settings)
+    hybrid.check(settings)
     tokenizer = models.load_tokenizer(settings.actor.model_path)
     check_rewards(settings, tokenizer)
     prompts = data.load_prompts(settings, tokenizer, device.torch)
@@ -56,15 +57,15 @@ def train(settings: Settings, run: Path, device: Device, warned: Callable[[], bo
             f"{settings.epochs} epochs (HL_EPOCHS)"
         )
 
-    torch.manual_seed(settings.seed)
+    device.seed(settings.seed)
     updates = total_steps * settings.ppo.epochs * settings.ppo.minibatches
     actor, critic, reference = _load(settings, tokenizer, device, updates)
     rewards = load_rewards(settings, tokenizer, device)
     end_tokens = models.end_tokens(actor.module, tokenizer)
     padding = end_tokens[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    sampling = rollouts.sampling(settings, end_tokens, padding, device)
+    sampling = rollouts.sampling(settings, tokenizer, end_tokens, padding, device)
     # From here on the ranks must differ: the same seed would sample the same answers.
-    torch.manual_seed(settings.seed + rank)
+    device.seed(settings.seed + rank)
 
     # Folders outside the run directory may be shared by runs, whose names differ.
     saved_models = run / "checkpoints"
@@ -85,14 +86,30 @@ def train(settings: Settings, run: Path, device: Device, warned: Callable[[], bo
     )
     guard = Guard(settings, run, device)
     costs = (flops.cost(actor.module), flops.cost(critic.module), rewards.cost)
+    evaluation = Evaluation(prompts.held_out, sampling, settings, device)
+
+    def evaluated(step: int) -> dict[str, float]:
+        """The numbers of an evaluation after so many steps; none where none is due."""
+        if not evaluation.due(step, total_steps):
+            return {}
+        found, records = evaluation(actor, reference, rewards.scores)
+        if recorder is not None:
+            recorder.evaluation(step, found, records)
+        return found
+
     complete = True
-    began = time.perf_counter()
     for step in range(total_steps):
-        clock = Clock(device)
         rates = _learning_rates(actor, critic)
         # In turn, so that a part of each rank's rows is a part of the global batch's, in order.
         batch = prompts.batch(step, settings.gbs)[rank :: settings.world_size]
-        rollout = rollouts.generate(actor, [prompts.ids[i] for i in batch], sampling, device)
+        asked = [prompts.ids[i] for i in batch]
+        if step < 2:  # the weights as loaded, and as the first update left them
+            hybrid.check_first_tokens(actor, asked, sampling, settings, device)
+        if step == 0:
+            evaluated(0)
+            began = time.perf_counter()
+        clock = Clock(device)
+        rollout = rollouts.generate(actor, asked, sampling, device)
         clock.lap("generate_seconds")
         experience = experiences.score(
             rollout, actor, critic, reference, rewards, settings, device, kl.coefficient
@@ -105,14 +122,17 @@ def train(settings: Settings, run: Path, device: Device, warned: Callable[[], bo
         guard.judge(step + 1, whole, experience)
         clock.lap("update_seconds")
 
-        values = means(totals)
+        values = means(totals) | rates | _gradient_norms(actor, critic)
         values["explained_variance"] = _explained_variance(experience)
         values["skipped_steps"] = guard.skipped
         values["kl_coefficient"] = kl.coefficient
         if whole:
             kl.update(values["kl"], settings.gbs)
+        if found := evaluated(step + 1):
+            values |= found
+            clock.lap("evaluate_seconds")
+        values |= clock.laps
         tokens, operations = _work(rollout, costs, settings.ppo.epochs)
-        values |= rates | _gradient_norms(actor, critic) | clock.laps
         # From one record to the next: nothing that a step costs is left out.
         values["seconds"] = time.perf_counter() - began
         began = time.perf_counter()

@@ -39,7 +39,7 @@ def means(totals: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
 
 
 class Recorder:
-    """Writes ``metrics.jsonl``, ``samples.jsonl`` and TensorBoard files, and tells the progress.
+    """Writes the lines of metrics, samples and evaluations, TensorBoard files, and the progress.
 
     On a terminal the progress is a bar, elsewhere a plain line per step. Files are appended to, and
     each record carries its attempt: nothing that an earlier attempt wrote is lost. Rank 0 only.
@@ -53,6 +53,7 @@ class Recorder:
     def __init__(self, run: Path, tensorboard: Path, total_steps: int):
         self._metrics = (run / "metrics.jsonl").open("a", encoding="utf-8")
         self._samples = (run / "samples.jsonl").open("a", encoding="utf-8")
+        self._evaluations = run / "evaluations.jsonl"
         self._board = SummaryWriter(str(tensorboard))
         self._total = total_steps
         self._attempt = int(os.environ.get("HLRLHF_ATTEMPT", "0"))
@@ -73,11 +74,7 @@ class Recorder:
         if math.isfinite(values["reward"]):
             self._rewards.append(values["reward"])
         left = (time.perf_counter() - self._began) / step * (self._total - step)
-        head = {"step": step, "total_steps": self._total, "attempt": self._attempt}
-        said = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._append(self._metrics, head | said | {"seconds_left": left})
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        self._numbers(step, values, seconds_left=left)
         shown = "  ".join(f"{name} {values[name]:.4g}" for name in SHOWN if name in values)
         if self._bar is not None:
             self._bar.set_postfix_str(shown)
@@ -105,6 +102,27 @@ class Recorder:
         """Say that something looks wrong with the last step."""
         tqdm.write(f"warning: step {self._steps}: {words}", file=sys.stdout)
 
+    def evaluation(
+        self, step: int, values: dict[str, float], records: list[dict[str, Any]]
+    ) -> None:
+        """Record the answers of an evaluation, and print its numbers.
+
+        Args:
+            step: steps before it. The numbers belong to that step's; before the first they make a
+                line of metrics of their own.
+            values: see `hlrlhf.trainer.evaluation`.
+            records: one for each prompt.
+        """
+        if step == 0:
+            self._numbers(step, values)
+        head = {"step": step, "attempt": self._attempt}
+        with self._evaluations.open("a", encoding="utf-8") as stream:
+            for record in records:
+                self._append(stream, head | record)
+        shown = {name.removeprefix("evaluation_"): f"{value:.4g}" for name, value in values.items()}
+        words = "  ".join(f"{name} {value}" for name, value in shown.items())
+        tqdm.write(f"evaluation after {step} steps  {words}", file=sys.stdout)
+
     def close(self) -> str:
         """Close the files; returns a sentence on how the reward moved."""
         for stream in (self._metrics, self._samples, self._board, self._bar):
@@ -120,6 +138,13 @@ class Recorder:
             f"mean reward {first:.3f} over the first {span}, {last:.3f} over the last {span} "
             f"({last - first:+.3f})"
         )
+
+    def _numbers(self, step: int, values: dict[str, float], **more: float) -> None:
+        head = {"step": step, "total_steps": self._total, "attempt": self._attempt}
+        said = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._append(self._metrics, head | said | more)
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
 
     @staticmethod
     def _append(stream: Any, record: dict[str, Any]) -> None:

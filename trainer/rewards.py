@@ -64,7 +64,7 @@ class Rewards:
 
         Args:
             scores: [b], of this rank.
-            ended: [b], whether the answer has an end token.
+            ended: [b], whether the answer ended by itself.
 
         Returns:
             [b], fp32.

@@ -72,8 +72,8 @@ class ModelScores:
         # Some tokenizers end every text; here an end stands where the actor put one.
         rows = [ids[:-1] if ids and ids[-1] == end else ids for ids in rows]
         if end is not None and self._score_at == "end":
-            ended = rollout.ended.tolist()
-            rows = [ids + [end] * has for ids, has in zip(rows, ended, strict=True)]
+            has_end = rollout.has_end_token.tolist()
+            rows = [ids + [end] * has for ids, has in zip(rows, has_end, strict=True)]
         # The mask hides what fills up; any token does where there is none for it. A row with no
         # text at all must still have a last token.
         named = (self._own.pad_token_id, end, 0)
@@ -178,4 +178,5 @@ def texts(rollout: Rollout, tokenizer: Any, *, answers: bool = True) -> list[str
 
 def tokens_scored(rollout: Rollout, score_at: str) -> Tensor:
     """How many of an answer's tokens the score is that of, [b]: all, or all but the end token."""
-    return rollout.lengths - rollout.ended.long() if score_at == "before_end" else rollout.lengths
+    left_out = rollout.has_end_token.long() if score_at == "before_end" else 0
+    return rollout.lengths - left_out

@@ -64,10 +64,14 @@ def contradictions(settings: Settings, values: Mapping[str, Given]) -> Iterator[
     elif settings.container.image is None:
         yield ("container.kind", "container.image"), "a container needs an image"
     # A preset may say what LoRA trains before anyone turns LoRA on; a person who asks for
-    # adapters alone without having any would train all weights and not be told.
-    asked = values["only_optimize_lora"].origin.kind in ("environment", "flag")
-    if settings.only_optimize_lora and asked and settings.lora.dim == 0:
+    # adapters alone without having any would train all weights and not be told. So with prompts
+    # for an evaluation that never is.
+    asked = {name for name, given in values.items() if given.origin.kind in ("environment", "flag")}
+    if settings.only_optimize_lora and "only_optimize_lora" in asked and settings.lora.dim == 0:
         yield ("only_optimize_lora", "lora.dim"), "there is no LoRA to optimize: set lora.dim"
+    for name in ("evaluation.path", "evaluation.prompts"):
+        if name in asked and values[name].value is not None and settings.evaluation.interval == 0:
+            yield (name, "evaluation.interval"), "nothing is evaluated: set evaluation.interval"
     weights = settings.dataset.weights
     if weights is not None and len(weights) != len(settings.dataset.path):
         yield ("dataset.weights", "dataset.path"), "give one weight per data set, or none"
@@ -81,6 +85,9 @@ def contradictions(settings: Settings, values: Mapping[str, Given]) -> Iterator[
             ("reward.own_tokenizer", "reward.model_path"),
             "the critic's checkpoint works on the actor's tokens: set the reward model's path",
         )
+    if settings.generation.min_new_tokens > settings.generation.max_new_tokens:
+        names = ("generation.min_new_tokens", "generation.max_new_tokens")
+        yield names, "the shortest answer must not be longer than the longest"
     if settings.hybrid_engine and settings.device != "cuda":
         yield ("hybrid_engine", "device"), "DeepSpeed's hybrid engine runs on device=cuda only"
     if settings.hybrid_engine and settings.actor.zero_stage == 3:

@@ -156,14 +156,22 @@ def dump(resolved: Resolved) -> str:
         if groups and groups != previous:
             lines.append(f"{groups[0]}:")
         previous = groups
-        text = yaml.safe_dump(given.value, default_flow_style=True, width=10**9, allow_unicode=True)
-        text = text.removesuffix("...\n").removesuffix("\n")
+        text = _yaml(given.value)
         indent = "  " * len(groups)
         if name == "master_port" and resolved.is_default(name):
             # Read back as somebody's wish, it would no longer give way when it is taken.
             indent = "# "
         lines.append(f"{indent}{key}: {text}  # {printable(str(given.origin))}")
     return "\n".join(lines) + "\n"
+
+
+def _yaml(value: Any) -> str:
+    """A value as YAML on one line."""
+    options: dict[str, Any] = {"default_flow_style": True, "width": 10**9, "allow_unicode": True}
+    text: str = yaml.safe_dump(value, **options).removesuffix("...\n").removesuffix("\n")
+    if len(text.splitlines()) > 1:  # in double quotes a line's end is an escape
+        text = yaml.safe_dump(value, **options, default_style='"').removesuffix("\n")
+    return text
 
 
 def _from_file(

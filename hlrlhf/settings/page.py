@@ -34,9 +34,9 @@ actor.learning_rate: 9e-6
 
 **Mandatory** settings have no default. An **unset** setting has no value; an empty text
 (`HL_SLURM_PARTITION=`) unsets it again. Booleans are `1` or `0`, `true` or `false`. Texts must not
-hold control characters. A relative path, and `~`, count from where the command is run; models, data
-and images that are no path there are names. An unknown name, an `HL_*` variable included, is an
-error.
+hold control characters; stop strings may. A relative path, and `~`, count from where the command is
+run; models, data and images that are no path there are names. An unknown name, an `HL_*` variable
+included, is an error.
 
 **Lists** are YAML lists in a file. In the environment and in `--set` they are split into words as a
 shell does it, so quote what holds a space; or they are a YAML list in brackets:
@@ -45,6 +45,7 @@ shell does it, so quote what holds a space; or they are a YAML list in brackets:
 HL_DATASET_PATH="/data/one '/data/number two'"
 HL_DATASET_PATH='[/data/one, /data/number two]'
 HL_ENVIRONMENT_SETUP="'module load gcc' 'source /opt/venv/bin/activate'"
+HL_GENERATION_STOP='["\\n\\nHuman:"]'     # in YAML's double quotes \\n is a newline
 ```
 """
 

@@ -25,6 +25,7 @@ _INPUTS = {
     "reward.model_path",
     "dataset.path",
     "pretraining.path",
+    "evaluation.path",
     "container.image",
     "slurm.template",
     "environment.python",
@@ -37,6 +38,7 @@ _ON_HUB = {
     "reward.model_path",
     "dataset.path",
     "pretraining.path",
+    "evaluation.path",
 }
 _DATA_FILES = (".json", ".jsonl", ".parquet", ".csv")
 

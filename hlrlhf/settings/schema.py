@@ -42,6 +42,8 @@ def _no_control_but_tab(text: str) -> str:
 
 
 Text = Annotated[str, StringConstraints(min_length=1), AfterValidator(_no_control)]
+# With newlines: it reaches settings.yaml and the trainer, never a script.
+StopString = Annotated[str, StringConstraints(min_length=1)]
 # The recipe cache's own setting is a list with commas.
 NoComma = Annotated[str, StringConstraints(min_length=1, pattern=r"^[^\x00-\x1f\x7f,]*$")]
 PythonName = Annotated[
@@ -215,13 +217,29 @@ class Generation(Group):
     max_new_tokens: Positive = Field(
         256, description="Longest answer.", json_schema_extra=unit("tokens")
     )
+    min_new_tokens: Count = Field(
+        0,
+        description="Shortest answer: no end token or stop string ends one before.",
+        json_schema_extra=unit("tokens"),
+    )
+    stop: list[StopString] = Field(
+        [],
+        description="Texts that end an answer as an end token does; the tokens up to the end of "
+        "the first belong to the answer.",
+    )
     temperature: Rate = Field(
         1.0, description="Sampling temperature; the same one scales policy and reference log-probs."
     )
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(
-        1.0, description="Nucleus sampling: smallest set of tokens with this probability; 1 is off."
+        1.0,
+        description="Nucleus sampling: smallest set of tokens with this probability; 1 is off. "
+        "Log-probs are those of the whole policy.",
     )
-    top_k: Count = Field(0, description="Sample among the k likeliest tokens; 0 is off.")
+    top_k: Count = Field(
+        0,
+        description="Sample among the k likeliest tokens; 0 is off. Log-probs are those of the "
+        "whole policy.",
+    )
 
 
 class Ppo(Group):
@@ -286,6 +304,25 @@ class Pretraining(Group):
         256,
         description="Texts are joined, and cut into rows of this length.",
         json_schema_extra=unit("tokens"),
+    )
+
+
+class Evaluation(Group):
+    """The actor on held-out prompts, while it trains."""
+
+    interval: Count = Field(
+        0,
+        description="Evaluate the actor on held-out prompts every so many steps, before the first "
+        "and after the last; 0 never does.",
+        json_schema_extra=unit("steps"),
+    )
+    path: Text | None = Field(
+        None,
+        description="Held-out prompts, in the forms of dataset.path; unset: taken out of the "
+        "training prompts.",
+    )
+    prompts: Positive = Field(
+        64, description="Held-out prompts to evaluate on; of fewer, all. None of them trains."
     )
 
 
@@ -501,6 +538,7 @@ class Settings(Group):
     generation: Generation = Field(default_factory=Generation)
     ppo: Ppo = Field(default_factory=Ppo)
     pretraining: Pretraining = Field(default_factory=Pretraining)
+    evaluation: Evaluation = Field(default_factory=Evaluation)
     optimizer: Optimizer = Field(default_factory=Optimizer)
     guard: Guard = Field(default_factory=Guard)
     hpu: Hpu = Field(default_factory=Hpu)

@@ -215,6 +215,7 @@ def _mounts(settings: Settings, run_directory: Path) -> list[str]:
         "critic.model_path": settings.critic.model_path,
         "reward.model_path": settings.reward.model_path,
         "pretraining.path": settings.pretraining.path,
+        "evaluation.path": settings.evaluation.path,
     }
     named = [(name, path) for name, path in wanted.items() if path]
     named += [("dataset.path", path) for path in settings.dataset.path]

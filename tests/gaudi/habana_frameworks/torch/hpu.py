@@ -5,6 +5,7 @@ import os
 from functools import wraps
 from typing import Any
 
+import torch
 from torch import nn
 
 from habana_frameworks import record
@@ -13,6 +14,18 @@ from habana_frameworks.torch import LAZY
 Event = object
 Stream = contextlib.nullcontext
 stream = contextlib.nullcontext
+
+
+class random:  # noqa: N801 - a module in the real one
+    """The device's random numbers; the stand-in draws torch's own."""
+
+    get_rng_state = staticmethod(torch.random.get_rng_state)
+    set_rng_state = staticmethod(torch.random.set_rng_state)
+
+    @staticmethod
+    def manual_seed(seed: int) -> None:
+        """Begin them anew."""
+        record(f"manual_seed {seed}")
 
 
 def is_available() -> bool:

@@ -1,0 +1,162 @@
+"""How good the actor is on prompts that never train, told apart from luck.
+
+The prompts and the random numbers are the same each time, and all that a rollout draws comes from a
+state of its own: a run trains the same with and without evaluations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hlrlhf.settings import Settings
+from hlrlhf.trainer import rollout as rollouts
+from hlrlhf.trainer.device import Device
+from hlrlhf.trainer.engine import summed
+from hlrlhf.trainer.rollout import Rollout, Sampling
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One answer to each held-out prompt, in the prompts' order, on every rank.
+
+    Attributes:
+        scores: [n], of the rewards.
+        kl: [n], log-prob less that of the reference, of whole answers, in nats.
+        ended: [n], 1 where an end token or a stop string ended the answer.
+        tokens: of each answer.
+    """
+
+    scores: Tensor
+    kl: Tensor
+    ended: Tensor
+    tokens: list[list[int]]
+
+    @property
+    def length(self) -> float:
+        """Mean, in tokens."""
+        return sum(map(len, self.tokens)) / len(self.tokens)
+
+
+class Evaluation:
+    """Evaluates an actor, when it is due.
+
+    Args:
+        prompts: token ids, the same on every rank; there are some if there is an interval.
+        sampling: that of the run.
+        settings: all of them.
+        device: the rank's.
+    """
+
+    def __init__(
+        self, prompts: list[list[int]], sampling: Sampling, settings: Settings, device: Device
+    ):
+        self._prompts = prompts
+        self._sampling = sampling
+        self._settings = settings
+        self._device = device
+        self._reference: Answers | None = None
+
+    def due(self, step: int, total_steps: int) -> bool:
+        """Whether the actor is to be evaluated after so many steps."""
+        interval = self._settings.evaluation.interval
+        return interval > 0 and (step == total_steps or step % interval == 0)
+
+    def __call__(
+        self, actor: Any, reference: Any, scores: Callable[[Rollout], Tensor]
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Sample an answer to every prompt and score it; all ranks have to call it.
+
+        The first call has to come before the first update. The actor is the reference then, so its
+        answers are the reference's: they are kept, and sampled from the same random numbers as all
+        that follow.
+
+        Args:
+            actor: the engine around the policy.
+            reference: an engine or module.
+            scores: gives a rollout's scores, [b].
+
+        Returns:
+            The means, and a record for each prompt.
+        """
+        answers = self._answer(actor, reference, scores)
+        if self._reference is None:
+            self._reference = answers
+        means = {
+            "evaluation_reward": answers.scores.mean().item(),
+            "evaluation_kl": answers.kl.mean().item(),
+            "evaluation_length": answers.length,
+            "evaluation_ended": answers.ended.mean().item(),
+            "evaluation_reference_reward": self._reference.scores.mean().item(),
+            "evaluation_reference_length": self._reference.length,
+        }
+        decode = self._sampling.tokenizer.decode
+        records = [
+            {
+                "prompt": decode(prompt),
+                "answer": decode(answers.tokens[i]),
+                "score": answers.scores[i].item(),
+                "reference_answer": decode(self._reference.tokens[i]),
+                "reference_score": self._reference.scores[i].item(),
+            }
+            for i, prompt in enumerate(self._prompts)
+        ]
+        return means, records
+
+    @torch.no_grad()
+    def _answer(self, actor: Any, reference: Any, scores: Callable[[Rollout], Tensor]) -> Answers:
+        settings, device, rank = self._settings, self._device, dist.get_rank()
+        # Every rank takes as many rows, so that no forward of a partitioned model is one rank's
+        # alone; where there are not enough prompts, the first come again and are left out below.
+        share = math.ceil(len(self._prompts) / settings.world_size)
+        rows = range(rank * share, (rank + 1) * share)
+        # All ranks' results, one row each, of which this rank fills its own.
+        longest = settings.generation.max_new_tokens
+        table = torch.zeros(share * settings.world_size, 4 + longest)
+        with device.seeded(settings.seed + rank):
+            for begin in range(0, share, settings.per_device_batch_size):
+                batch = rows[begin : begin + settings.per_device_batch_size]
+                asked = [self._prompts[row % len(self._prompts)] for row in batch]
+                rollout = rollouts.generate(actor, asked, self._sampling, device)
+                kl = self._kl(rollout, actor, reference)
+                columns = (scores(rollout), kl, rollout.ended, rollout.lengths)
+                results = torch.stack([column.float() for column in columns], dim=1)
+                answers = rollout.sequences[:, -rollout.answer_width :][:, :longest]
+                table[batch.start : batch.stop, :4] = results.cpu()
+                # fp32 holds every token id up to 2^24.
+                table[batch.start : batch.stop, 4 : 4 + answers.shape[1]] = answers.cpu().float()
+        found = summed(table.to(device.torch)).cpu()[: len(self._prompts)]
+        lengths = found[:, 3].int().tolist()
+        return Answers(
+            scores=found[:, 0],
+            kl=found[:, 1],
+            ended=found[:, 2],
+            tokens=[
+                row[:length].int().tolist()
+                for row, length in zip(found[:, 4:], lengths, strict=True)
+            ],
+        )
+
+    def _kl(self, rollout: Rollout, actor: Any, reference: Any) -> Tensor:
+        """[b], the sampled estimate of the KL to the reference, in nats per answer."""
+        actor.module.eval()
+        mbs, width = self._settings.mbs, rollout.answer_width
+        temperature = self._settings.generation.temperature
+        parts = []
+        for sequences, attended, mask in zip(
+            torch.split(rollout.sequences, mbs),
+            torch.split(rollout.attention_mask, mbs),
+            torch.split(rollout.answer_mask, mbs),
+            strict=True,
+        ):
+            logprobs = actor(sequences, attended, width, temperature)
+            ratio = logprobs - reference(sequences, attended, width, temperature)
+            parts.append(torch.where(mask, ratio, 0).sum(-1))
+            self._device.step_done()
+        return torch.cat(parts)
