@@ -64,6 +64,7 @@ def test_origins_are_told_for_a_preset() -> None:
         ),
         (["ppo.kl_controller=adaptive", "ppo.kl_coefficient=0"], "and 0 stays 0"),
         (["hpz.enabled_critic=1", "actor.zero_stage=3"], "hpZ needs ZeRO stage 3"),
+        (["hpz.enabled_actor=1", "devices_per_node=1", "actor.zero_stage=3"], "several devices"),
         (["container.image=x.sif"], "has no effect without a container"),
         (["container.mounts=/a:/b"], "has no effect without a container"),
         (["container.args=--net"], "has no effect without a container"),

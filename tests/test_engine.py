@@ -12,6 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import tiny  # noqa: E402
+from ranks import together  # noqa: E402
 from tiny import one_rank  # noqa: E402, F401
 from torch import nn  # noqa: E402
 from torch.utils import cpp_extension  # noqa: E402
@@ -166,6 +167,79 @@ def test_updates_are_those_of_plain_adamw(tmp_path: Path, zero_stage: int) -> No
     for name, value in found.items():
         assert not value.equal(start[name])
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
+
+
+CASES = ((), ("actor",), ("critic",))
+
+
+def over_two_nodes(folder: Path) -> list[tuple[dict[str, Any], list[str]]]:
+    """Three updates of actor and critic on 2 x 2 ranks, and a pass of a frozen copy.
+
+    Returns:
+        For each case, rank 0's weights of the two, and which of the models have a second partition
+        within each node.
+    """
+    rank = torch.distributed.get_rank()
+    found = []
+    for enabled in CASES:
+        settings = tiny.settings(
+            "num_nodes=2",
+            "devices_per_node=2",
+            "mbs=1",
+            "gbs=4",
+            "actor.zero_stage=3",
+            "critic.zero_stage=3",
+            "actor.learning_rate=0.01",
+            "critic.learning_rate=0.01",
+            "num_warmup_steps=0",
+            *(f"hpz.enabled_{role}=true" for role in enabled),
+        )
+        device = tiny.cpu(settings)
+        actor = models.load_policy(str(folder / "actor"), "fp32", 0.0)
+        critic = models.load_scorer(str(folder / "critic"), "fp32", 0.0)
+        copied = copy.deepcopy(actor)
+        trained = {
+            "actor": engine.trained(actor, settings.actor, settings, device, 10),
+            "critic": engine.trained(critic, settings.critic, settings, device, 10),
+        }
+        others = {"copy": engine.frozen(copied, 3, settings, device)}
+        weights = {}
+        for model in trained.values():
+            for _ in range(3):
+                model.backward(loss_of(model, [[1, 5 + rank, 6]]), scale_wrt_gas=False)
+                model.step()
+            weights |= engine.whole_weights(model)
+        second = []
+        for role, model in (trained | others).items():
+            with torch.no_grad():
+                loss_of(model, ROWS)
+            parts = {
+                parameter.ds_secondary_tensor.numel() / parameter.ds_tensor.numel()
+                for parameter in model.module.parameters()
+                if parameter.ds_secondary_tensor is not None
+            }
+            # Half a weight on each of a node's two ranks, beside a quarter on each of all four.
+            assert parts <= {2}
+            second += [role] if parts else []
+        found.append((weights, second))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.knob("hpz.enabled_actor", "hpz.enabled_critic")
+def test_a_second_partition_within_each_node(tmp_path: Path) -> None:
+    """The model that asks for it has it, no other, and no weight changes by it."""
+    tiny.save_policy(tmp_path / "actor", "llama")
+    tiny.save_classifier(tmp_path / "critic", "llama")
+
+    found, *_ = together(4, over_two_nodes, tmp_path)
+
+    expected, _ = found[0]
+    for enabled, (weights, second) in zip(CASES, found, strict=True):
+        assert tuple(second) == enabled
+        assert weights.keys() == expected.keys()
+        for name, value in weights.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.knob(

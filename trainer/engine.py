@@ -11,6 +11,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.utils import groups as rank_groups
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
@@ -111,6 +112,8 @@ def trained(
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, lr_scheduler=schedule, config=config
         )
+    # DeepSpeed keeps one group of ranks for hpZ, and every later model would have it too.
+    rank_groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
     return engine
 
 
