@@ -92,6 +92,14 @@ def test_cpu_says_that_bf16_is_slow_where_it_is(
         assert ("HL_DTYPE=fp32" in capsys.readouterr().out) is warned
 
 
+def test_gaudis_own_adamw_is_for_the_device_alone() -> None:
+    hpu = device.Hpu.__new__(device.Hpu)
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(2))]}]
+    assert type(hpu.adamw(groups, on_host=True, lr=0.1)) is torch.optim.AdamW
+    with pytest.raises(ModuleNotFoundError, match="habana_frameworks"):
+        hpu.adamw(groups, on_host=False, lr=0.1)
+
+
 def test_gaudi_compiles_for_few_shapes() -> None:
     multiple = device.Hpu.pad_to
     config = rollout.sampling(settings_of(), [2], 0, device.Hpu.__new__(device.Hpu))

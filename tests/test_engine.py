@@ -169,6 +169,50 @@ def test_updates_are_those_of_plain_adamw(tmp_path: Path, zero_stage: int) -> No
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.knob("optimizer.offload", "actor.zero_stage", "critic.zero_stage")
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+@pytest.mark.parametrize("role", ["actor", "critic"])
+def test_optimizer_states_in_host_memory_change_no_weight(
+    tmp_path: Path, role: str, zero_stage: int, dtype: str
+) -> None:
+    """Three steps, within 1e-6; in bf16 within its rounding."""
+    load = models.load_policy if role == "actor" else models.load_scorer
+    save = tiny.save_policy if role == "actor" else tiny.save_classifier
+    folder = str(save(tmp_path, "llama"))
+    weights = {}
+    for offload in (False, True):
+        settings = tiny.settings(
+            "mbs=1",
+            "gbs=2",
+            f"dtype={dtype}",
+            f"actor.zero_stage={zero_stage}",
+            f"critic.zero_stage={zero_stage}",
+            f"{role}.learning_rate=0.01",
+            "num_warmup_steps=0",
+            f"optimizer.offload={offload}",
+        )
+        own = getattr(settings, role)
+        model = load(folder, dtype, 0.0)
+        trained = engine.trained(model, own, settings, tiny.cpu(settings), 10)
+        assert trained.zero_optimization_stage() == zero_stage
+        assert trained.zero_cpu_offload() is offload
+        name = "offload_optimizer" if zero_stage == 3 else "cpu_offload"
+        assert getattr(trained.optimizer, name) is offload
+        assert type(trained.optimizer.optimizer) is torch.optim.AdamW
+        for _ in range(3):
+            for row in ROWS:
+                trained.backward(loss_of(trained, [row]), scale_wrt_gas=False)
+                trained.step()
+        weights[offload] = engine.whole_weights(trained)
+    start = load(folder, dtype, 0.0).state_dict()
+    tolerance = 1e-6 if dtype == "fp32" else 1e-2
+    for name, value in weights[True].items():
+        assert not value.equal(start[name])
+        torch.testing.assert_close(value, weights[False][name], rtol=tolerance, atol=tolerance)
+
+
 CASES = ((), ("actor",), ("critic",))
 
 

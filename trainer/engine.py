@@ -76,6 +76,7 @@ def trained(
         updates: optimizer steps of the whole run, the length of the schedule.
     """
     is_actor = isinstance(own, Actor)
+    offload = settings.optimizer.offload
     optimizer = device.adamw(
         parameter_groups(
             model,
@@ -83,6 +84,7 @@ def trained(
             settings.lora.actor_lr if is_actor else settings.lora.critic_lr,
             own.weight_decay,
         ),
+        on_host=offload,
         lr=own.learning_rate,
         betas=(settings.optimizer.beta1, settings.optimizer.beta2),
         eps=settings.optimizer.epsilon,
@@ -99,7 +101,10 @@ def trained(
         "gradient_clipping": settings.optimizer.gradient_clipping,
         # torch's own AdamW rather than DeepSpeed's, which would be compiled at the first start.
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
     }
+    if offload:
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     if settings.hpz.enabled_actor if is_actor else settings.hpz.enabled_critic:
         config["zero_optimization"]["zero_hpz_partition_size"] = settings.devices_per_node
     if settings.hybrid_engine and is_actor:

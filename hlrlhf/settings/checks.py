@@ -59,6 +59,8 @@ def contradictions(settings: Settings, values: Mapping[str, Given]) -> Iterator[
             yield (f"hpz.enabled_{model}", stage), "hpZ needs ZeRO stage 3"
         elif enabled and settings.devices_per_node == 1:
             yield (f"hpz.enabled_{model}", "devices_per_node"), "hpZ needs several devices per node"
+        if settings.optimizer.offload and values[stage].value == 0:
+            yield ("optimizer.offload", stage), "optimizer offload needs ZeRO stage 1 or more"
     if settings.container.kind == "none":
         for name in ("container.image", "container.mounts", "container.args"):
             if values[name].value:

@@ -301,6 +301,7 @@ class Optimizer(Group):
     lr_scheduler: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="Learning-rate schedule after the warm-up."
     )
+    offload: bool = Field(False, description="Keep optimizer states in host memory (ZeRO-Offload).")
 
 
 class Guard(Group):
