@@ -246,7 +246,7 @@ def over_two_nodes(folder: Path) -> list[tuple[dict[str, Any], list[str]]]:
             "actor": engine.trained(actor, settings.actor, settings, device, 10),
             "critic": engine.trained(critic, settings.critic, settings, device, 10),
         }
-        others = {"copy": engine.frozen(copied, 3, settings, device)}
+        others = {"copy": engine.partitioned(copied, settings, in_host_memory=False)}
         weights = {}
         for model in trained.values():
             for _ in range(3):
@@ -353,6 +353,7 @@ def test_each_setting_of_the_optimizer_is_plain_adamws(
     "lora.critic_lr",
 )
 @pytest.mark.usefixtures("one_rank")
+@pytest.mark.knob("lora.actor_lr", "lora.critic_lr")
 def test_actor_and_critic_have_settings_of_their_own(tmp_path: Path) -> None:
     settings = tiny.settings(
         "actor.learning_rate=0.01",
@@ -381,23 +382,6 @@ def test_actor_and_critic_have_settings_of_their_own(tmp_path: Path) -> None:
         }
         assert groups["decay"]["weight_decay"] == decay
         assert trained.get_lr()[0] == rate
-
-
-@pytest.mark.usefixtures("one_rank")
-@pytest.mark.parametrize("zero_stage", [0, 3])
-def test_a_frozen_model_only_scores(tmp_path: Path, zero_stage: int) -> None:
-    settings = tiny.settings()
-    model = scorer(tmp_path)
-    with torch.no_grad():
-        expected = loss_of(copy.deepcopy(model).eval(), ROWS)
-    model.train()
-
-    frozen = engine.frozen(model, zero_stage, settings, tiny.cpu(settings))
-
-    found = loss_of(frozen, ROWS)
-    assert not found.requires_grad
-    assert not model.training
-    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.usefixtures("one_rank")

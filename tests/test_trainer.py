@@ -98,7 +98,7 @@ def test_a_seed_fixes_every_number_to_the_last_digit(trained: Trained, ranks: in
         assert one.metrics[-1]["kl"] != other.metrics[-1]["kl"]
 
 
-@pytest.mark.knob("devices_per_node")
+@pytest.mark.knob("devices_per_node", "actor.zero_stage", "critic.zero_stage")
 @pytest.mark.parametrize(
     ("ranks", "changes"),
     [
@@ -242,6 +242,15 @@ def adapters_only(trained: Trained) -> Run:
     return trained(2, mbs=2, only_optimize_lora=1, **ADAPTERS, **zero(3))
 
 
+def test_a_reward_model_that_the_critic_holds_is_the_one_of_its_own(
+    trained: Trained, adapters_only: Run, demo_models: Path
+) -> None:
+    """On 2 ranks under ZeRO-3, against one rank that reads the same model in its other format."""
+    apart = {"reward__model_path": demo_models / "reward-hf"}
+    assert_same(adapters_only, trained(only_optimize_lora=1, **ADAPTERS, **apart))
+
+
+@pytest.mark.knob("only_optimize_lora", "lora.dim", "lora.alpha")
 def test_adapters_alone_leave_the_base_as_it_was(adapters_only: Run, demo_models: Path) -> None:
     merged = adapters_only.weights("actor")
     adapter = load_file(

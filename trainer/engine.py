@@ -122,22 +122,20 @@ def trained(
     return engine
 
 
-def frozen(model: Policy | Scorer, zero_stage: int, settings: Settings, device: Device) -> Any:
-    """A model that only scores: under ZeRO-3 partitioned over the ranks, else whole on each.
+def partitioned(model: Policy | Scorer, settings: Settings, in_host_memory: bool) -> Any:
+    """A ZeRO-3 engine around a model that does not train.
 
     Args:
         model: on any device.
-        zero_stage: that of the trained model which this one is a sibling of.
         settings: all of them.
-        device: the rank's.
+        in_host_memory: whether each rank's part lies there rather than on the device.
     """
-    model.requires_grad_(False).eval()
-    if zero_stage < 3:
-        return model.to(device.torch)
-    config = _config(settings, zero_stage) | {
+    config = _config(settings, 3) | {
         "train_micro_batch_size_per_gpu": settings.mbs,
         "train_batch_size": settings.mbs * settings.world_size,
     }
+    if in_host_memory:
+        config["zero_optimization"]["offload_param"] = {"device": "cpu"}
     with _exact_buffers(model):
         engine, *_ = deepspeed.initialize(model=model, config=config)
     engine.eval()
@@ -244,7 +242,8 @@ def gathered(engine: Any) -> Iterator[None]:
         yield
         return
     parameters = list(engine.module.parameters())
-    offload = engine.optimizer.parameter_offload
+    # A model that does not train has no optimizer around it.
+    offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
     with deepspeed.zero.GatheredParameters(parameters):
         for parameter in parameters:
             parameter.ds_active_sub_modules.clear()

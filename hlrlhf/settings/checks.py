@@ -20,6 +20,10 @@ def contradictions(settings: Settings, values: Mapping[str, Given]) -> Iterator[
         settings: valid one by one.
         values: the same with origins, by dotted name.
     """
+
+    def asked(name: str) -> bool:
+        return values[name].origin.kind in ("environment", "flag")
+
     per_step = settings.world_size * settings.mbs
     if settings.gbs % per_step:
         below = settings.gbs // per_step * per_step
@@ -69,9 +73,14 @@ def contradictions(settings: Settings, values: Mapping[str, Given]) -> Iterator[
         yield ("container.kind", "container.image"), "a container needs an image"
     # A preset may say what LoRA trains before anyone turns LoRA on; a person who asks for
     # adapters alone without having any would train all weights and not be told.
-    asked = values["only_optimize_lora"].origin.kind in ("environment", "flag")
-    if settings.only_optimize_lora and asked and settings.lora.dim == 0:
+    if settings.only_optimize_lora and asked("only_optimize_lora") and settings.lora.dim == 0:
         yield ("only_optimize_lora", "lora.dim"), "there is no LoRA to optimize: set lora.dim"
+    if settings.adapters_only and settings.reference.offload and asked("reference.offload"):
+        yield (
+            ("reference.offload", "only_optimize_lora", "lora.dim"),
+            "with adapters alone to train, the reference is the actor without them and takes no "
+            "memory of its own",
+        )
     weights = settings.dataset.weights
     if weights is not None and len(weights) != len(settings.dataset.path):
         yield ("dataset.weights", "dataset.path"), "give one weight per data set, or none"

@@ -126,6 +126,15 @@ class Critic(Trained):
     )
 
 
+class Reference(Group):
+    """The frozen policy that the KL penalty is measured against."""
+
+    offload: bool = Field(
+        False,
+        description="Keep the reference in host memory and move it to the device only to score.",
+    )
+
+
 class Reward(Group):
     """What scores answers: a frozen model, a Python function, or the weighted sum of both."""
 
@@ -495,6 +504,7 @@ class Settings(Group):
     )
     actor: Actor
     critic: Critic
+    reference: Reference = Field(default_factory=Reference)
     reward: Reward = Field(default_factory=Reward)
     lora: Lora = Field(default_factory=Lora)
     hpz: Hpz = Field(default_factory=Hpz)
@@ -523,6 +533,11 @@ class Settings(Group):
     def gradient_accumulation_steps(self) -> int:
         """Micro batches that make one device's part of the global batch."""
         return self.per_device_batch_size // self.mbs
+
+    @property
+    def adapters_only(self) -> bool:
+        """Whether the models' own weights stay as they were, the critic's head excepted."""
+        return self.only_optimize_lora and self.lora.dim > 0
 
     @property
     def gres_name(self) -> str | None:
