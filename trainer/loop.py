@@ -13,7 +13,18 @@ import torch.distributed as dist
 
 from hlrlhf.settings import Settings
 from hlrlhf.settings.schema import Actor, Critic
-from hlrlhf.trainer import checkpoint, data, engine, flops, frozen, lora, models, ppo, pretraining
+from hlrlhf.trainer import (
+    checkpoint,
+    data,
+    ema,
+    engine,
+    flops,
+    frozen,
+    lora,
+    models,
+    ppo,
+    pretraining,
+)
 from hlrlhf.trainer import experience as experiences
 from hlrlhf.trainer import rollout as rollouts
 from hlrlhf.trainer.device import Device
@@ -60,6 +71,7 @@ def train(settings: Settings, run: Path, device: Device, warned: Callable[[], bo
     torch.manual_seed(settings.seed)
     updates = total_steps * settings.ppo.epochs * settings.ppo.minibatches
     actor, critic, reference, rewards = _load(settings, tokenizer, device, updates)
+    average = ema.Average(actor, settings.ema.decay) if settings.ema.enabled else None
     end_tokens = models.end_tokens(actor.module, tokenizer)
     padding = end_tokens[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     sampling = rollouts.sampling(settings, end_tokens, padding, device)
@@ -100,7 +112,7 @@ def train(settings: Settings, run: Path, device: Device, warned: Callable[[], bo
         clock.lap("score_seconds")
         totals = _totals(rollout, experience)
         if whole := guard.usable(experience):
-            told, whole = update(experience, actor, critic, mix, settings, device)
+            told, whole = update(experience, actor, critic, mix, settings, device, average)
             totals |= told
         guard.judge(step + 1, whole, experience)
         clock.lap("update_seconds")
@@ -133,7 +145,7 @@ def train(settings: Settings, run: Path, device: Device, warned: Callable[[], bo
             break
 
     name = "final" if complete else f"step-{step + 1}"
-    checkpoint.save_models(saved_models / name, actor, critic, tokenizer)
+    checkpoint.save_models(saved_models / name, actor, critic, tokenizer, average)
     if recorder is not None:
         print(recorder.close())
         print(f"actor and critic are in {saved_models / name}", flush=True)

@@ -182,6 +182,17 @@ class Lora(Group):
     critic_lr: Rate = Field(5e-4, description="Peak learning rate of the critic's adapters.")
 
 
+class Ema(Group):
+    """A moving average of the actor's weights, saved beside it."""
+
+    enabled: bool = Field(
+        False,
+        description="Average the actor's trained weights in fp32, in host memory, and save the "
+        "average as actor-ema.",
+    )
+    decay: Fraction = Field(0.992, description="Decay of the moving average per optimizer step.")
+
+
 class Hpz(Group):
     """ZeRO++ secondary partition inside a node."""
 
@@ -507,6 +518,7 @@ class Settings(Group):
     reference: Reference = Field(default_factory=Reference)
     reward: Reward = Field(default_factory=Reward)
     lora: Lora = Field(default_factory=Lora)
+    ema: Ema = Field(default_factory=Ema)
     hpz: Hpz = Field(default_factory=Hpz)
     dataset: Dataset
     generation: Generation = Field(default_factory=Generation)
