@@ -368,6 +368,33 @@ def test_the_log_of_a_run_is_plain_lines(trained: Trained) -> None:
     assert second == "", "rank 0 speaks for all"
 
 
+@pytest.mark.knob("save_interval", "ema.enabled", "ema.decay")
+def test_models_and_the_average_are_saved_on_the_way(trained: Trained, demo_models: Path) -> None:
+    run = trained(save_interval=1, ema__enabled=1, ema__decay=0.9)
+    folders = run.directory / "checkpoints"
+    assert {folder.name for folder in folders.iterdir()} == {"step-1", "step-2", "final"}
+    expected = load_file(demo_models / "actor" / "model.safetensors")
+    for name in ("step-1", "step-2", "final"):
+        own = run.weights("actor", name)
+        expected = {key: 0.9 * value + 0.1 * own[key] for key, value in expected.items()}
+        average = run.weights("actor-ema", name)
+        assert average.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(average[key], value, rtol=1e-5, atol=1e-6)
+            assert not average[key].equal(own[key]), key
+        AutoModelForCausalLM.from_pretrained(folders / name / "actor-ema")
+    plain = trained()
+    assert_same(run, plain)
+    saved = [path.relative_to(plain.directory) for path in plain.directory.glob("checkpoints/*/*")]
+    assert {str(path) for path in saved} == {"checkpoints/final/actor", "checkpoints/final/critic"}
+
+
+@pytest.mark.knob("save_interval")
+def test_every_second_step_is_saved_and_a_first_save_is_not_the_last(trained: Trained) -> None:
+    folders = trained(run_steps=5, save_interval=2).directory / "checkpoints"
+    assert {folder.name for folder in folders.iterdir()} == {"step-2", "step-4", "final"}
+
+
 @pytest.mark.knob("tensorboard_path", "checkpoint_path")
 def test_a_second_attempt_adds_to_what_the_first_wrote(demo_models: Path, tmp_path: Path) -> None:
     shared = tmp_path / "shared"

@@ -143,6 +143,10 @@ def train(settings: Settings, run: Path, device: Device, warned: Callable[[], bo
         if step + 1 < total_steps and engine.agreed(warned(), device):
             complete = False
             break
+        interval = settings.save_interval
+        if interval and (step + 1) % interval == 0 and step + 1 < total_steps:
+            folder = saved_models / f"step-{step + 1}"
+            checkpoint.save_models(folder, actor, critic, tokenizer, average)
 
     name = "final" if complete else f"step-{step + 1}"
     checkpoint.save_models(saved_models / name, actor, critic, tokenizer, average)

@@ -478,6 +478,11 @@ class Settings(Group):
         description="Print prompts and answers every so many steps; 0 never does.",
         json_schema_extra=unit("steps"),
     )
+    save_interval: Count = Field(
+        0,
+        description="Save actor and critic every so many steps; 0 saves at the end only.",
+        json_schema_extra=unit("steps"),
+    )
     only_optimize_lora: bool = Field(
         False,
         description="With LoRA, train the adapters and the critic's head only; otherwise all "
