@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import pickle
 import runpy
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -156,6 +158,50 @@ def train(directory: Path, ranks: int = 1, port: int | None = None, **environ: s
     """Run the ranks to their end."""
     with running(directory, ranks, port, **environ) as processes:
         return finish(directory, processes)
+
+
+def together(ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What a function of a test module returns on each of several ranks that have met."""
+    results = _processes.Queue()
+    with rendezvous_port(29500, keep=False, seed=os.getpid()) as port:
+        processes = [
+            _processes.Process(
+                target=_call, args=(variables(rank, ranks, port), function, arguments, results)
+            )
+            for rank in range(ranks)
+        ]
+        try:
+            for process in processes:
+                process.start()
+            found = {}
+            for _ in processes:
+                rank, failure, found[rank] = pickle.loads(results.get(timeout=_LIMIT))
+                assert not failure, failure
+            return [found[rank] for rank in range(ranks)]
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+
+
+def _call(
+    environ: dict[str, str], function: Callable[..., Any], arguments: Any, results: Any
+) -> None:
+    os.environ.update(environ)
+    rank = int(environ["RANK"])
+    import tiny
+    import torch
+
+    from hlrlhf.trainer import engine
+
+    torch.set_num_threads(1)
+    try:
+        engine.start(tiny.cpu(tiny.settings()))
+        found = (rank, "", function(*arguments))
+    except Exception:
+        found = (rank, traceback.format_exc(), None)
+    # As bytes: tensors would be passed on as handles of this process, which is about to end.
+    results.put(pickle.dumps(found))
 
 
 def _log(directory: Path, rank: int) -> Path:

@@ -64,6 +64,13 @@ def test_origins_are_told_for_a_preset() -> None:
         ),
         (["ppo.kl_controller=adaptive", "ppo.kl_coefficient=0"], "and 0 stays 0"),
         (["hpz.enabled_critic=1", "actor.zero_stage=3"], "hpZ needs ZeRO stage 3"),
+        (["hpz.enabled_actor=1", "devices_per_node=1", "actor.zero_stage=3"], "several devices"),
+        (["optimizer.offload=1", "actor.zero_stage=0"], "needs ZeRO stage 1 or more"),
+        (["optimizer.offload=1", "critic.zero_stage=0"], "needs ZeRO stage 1 or more"),
+        (
+            ["reference.offload=1", "only_optimize_lora=1", "lora.dim=8"],
+            "takes no memory of its own",
+        ),
         (["container.image=x.sif"], "has no effect without a container"),
         (["container.mounts=/a:/b"], "has no effect without a container"),
         (["container.args=--net"], "has no effect without a container"),
@@ -94,6 +101,8 @@ def test_contradiction(flags: list[str], said: str) -> None:
         ["slurm.gres_type=HL-225", "device=cpu", "slurm.gres_name=gpu"],
         ["slurm.mail_type=END", "slurm.mail_user=me"],
         ["hpz.enabled_actor=1", "actor.zero_stage=3"],
+        ["optimizer.offload=1"],
+        ["reference.offload=1", "lora.dim=8"],
         ["container.kind=docker", "container.image=x", "container.mounts=/a:/b"],
         ["only_optimize_lora=1", "lora.dim=8"],
         ["dataset.path=/a /b", "dataset.weights=1 2"],
@@ -122,6 +131,14 @@ def test_several_contradictions_at_once() -> None:
 def test_a_setting_in_doubt_contradicts_nothing() -> None:
     (problem,) = problems("mbs=0", "gbs=33")
     assert problem.startswith("mbs = '0'")
+
+
+def test_a_preset_may_foresee_a_reference_of_its_own(tmp_path: Path) -> None:
+    preset = tmp_path / "small.yaml"
+    preset.write_text("reference: {offload: true}\nlora: {dim: 8}\n")
+    assert problems("only_optimize_lora=1", preset=str(preset)) == []
+    asked = problems("only_optimize_lora=1", preset=str(preset), HL_REFERENCE_OFFLOAD="1")
+    assert "takes no memory of its own" in asked[0]
 
 
 def test_a_preset_may_foresee_lora(tmp_path: Path) -> None:

@@ -92,6 +92,14 @@ def test_cpu_says_that_bf16_is_slow_where_it_is(
         assert ("HL_DTYPE=fp32" in capsys.readouterr().out) is warned
 
 
+def test_gaudis_own_adamw_is_for_the_device_alone() -> None:
+    hpu = device.Hpu.__new__(device.Hpu)
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(2))]}]
+    assert type(hpu.adamw(groups, on_host=True, lr=0.1)) is torch.optim.AdamW
+    with pytest.raises(ModuleNotFoundError, match="habana_frameworks"):
+        hpu.adamw(groups, on_host=False, lr=0.1)
+
+
 def test_gaudi_compiles_for_few_shapes() -> None:
     multiple = device.Hpu.pad_to
     config = rollout.sampling(settings_of(), None, [2], 0, device.Hpu.__new__(device.Hpu)).config
@@ -120,9 +128,9 @@ def test_lazy_mode_with_graphs_end_to_end(demo_models: Path, tmp_path: Path) -> 
     assert count["hccl rank 0 of 1"] >= 1
     assert count["FusedAdamW lr=0.001 betas=(0.9, 0.95) eps=1e-08"] == 2
     assert count["synchronize"] == 6, "three clocked parts of two steps"
-    # Per step: after the rollout, then two micro batches for the models that PPO compares, for the
-    # reward model, and for the update of each trained one.
-    assert count["mark_step"] == 2 * (1 + 2 + 2 + 2 * 2)
+    # Per step: after the rollout, then two micro batches each for the reference, for actor and
+    # critic, for the reward model, and for the update of each trained one.
+    assert count["mark_step"] == 2 * (1 + 2 + 2 + 2 + 2 * 2)
     assert run.metrics[0]["peak_memory_bytes"] == 3 << 30
     # One graph per rollout; what comes between its making and its end is generation only.
     parts = [call for call in calls if call.startswith(("wrap", "clear", "mark", "graph"))]

@@ -12,6 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import tiny  # noqa: E402
+from ranks import together  # noqa: E402
 from tiny import one_rank  # noqa: E402, F401
 from torch import nn  # noqa: E402
 
@@ -166,6 +167,123 @@ def test_updates_are_those_of_plain_adamw(tmp_path: Path, zero_stage: int) -> No
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.knob("optimizer.offload", "actor.zero_stage", "critic.zero_stage")
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+@pytest.mark.parametrize("role", ["actor", "critic"])
+def test_optimizer_states_in_host_memory_change_no_weight(
+    tmp_path: Path, role: str, zero_stage: int, dtype: str
+) -> None:
+    """Three steps, within 1e-6; in bf16 within its rounding."""
+    load = models.load_policy if role == "actor" else models.load_scorer
+    save = tiny.save_policy if role == "actor" else tiny.save_classifier
+    folder = str(save(tmp_path, "llama"))
+    weights = {}
+    for offload in (False, True):
+        settings = tiny.settings(
+            "mbs=1",
+            "gbs=2",
+            f"dtype={dtype}",
+            f"actor.zero_stage={zero_stage}",
+            f"critic.zero_stage={zero_stage}",
+            f"{role}.learning_rate=0.01",
+            "num_warmup_steps=0",
+            f"optimizer.offload={offload}",
+        )
+        own = getattr(settings, role)
+        model = load(folder, dtype, 0.0)
+        trained = engine.trained(model, own, settings, tiny.cpu(settings), 10)
+        assert trained.zero_optimization_stage() == zero_stage
+        assert trained.zero_cpu_offload() is offload
+        name = "offload_optimizer" if zero_stage == 3 else "cpu_offload"
+        assert getattr(trained.optimizer, name) is offload
+        assert type(trained.optimizer.optimizer) is torch.optim.AdamW
+        for _ in range(3):
+            for row in ROWS:
+                trained.backward(loss_of(trained, [row]), scale_wrt_gas=False)
+                trained.step()
+        weights[offload] = engine.whole_weights(trained)
+    start = load(folder, dtype, 0.0).state_dict()
+    tolerance = 1e-6 if dtype == "fp32" else 1e-2
+    for name, value in weights[True].items():
+        assert not value.equal(start[name])
+        torch.testing.assert_close(value, weights[False][name], rtol=tolerance, atol=tolerance)
+
+
+CASES = ((), ("actor",), ("critic",))
+
+
+def over_two_nodes(folder: Path) -> list[tuple[dict[str, Any], list[str]]]:
+    """Three updates of actor and critic on 2 x 2 ranks, and a pass of a frozen copy.
+
+    Returns:
+        For each case, rank 0's weights of the two, and which of the models have a second partition
+        within each node.
+    """
+    rank = torch.distributed.get_rank()
+    found = []
+    for enabled in CASES:
+        settings = tiny.settings(
+            "num_nodes=2",
+            "devices_per_node=2",
+            "mbs=1",
+            "gbs=4",
+            "actor.zero_stage=3",
+            "critic.zero_stage=3",
+            "actor.learning_rate=0.01",
+            "critic.learning_rate=0.01",
+            "num_warmup_steps=0",
+            *(f"hpz.enabled_{role}=true" for role in enabled),
+        )
+        device = tiny.cpu(settings)
+        actor = models.load_policy(str(folder / "actor"), "fp32", 0.0)
+        critic = models.load_scorer(str(folder / "critic"), "fp32", 0.0)
+        copied = copy.deepcopy(actor)
+        trained = {
+            "actor": engine.trained(actor, settings.actor, settings, device, 10),
+            "critic": engine.trained(critic, settings.critic, settings, device, 10),
+        }
+        others = {"copy": engine.partitioned(copied, settings, in_host_memory=False)}
+        weights = {}
+        for model in trained.values():
+            for _ in range(3):
+                model.backward(loss_of(model, [[1, 5 + rank, 6]]), scale_wrt_gas=False)
+                model.step()
+            weights |= engine.whole_weights(model)
+        second = []
+        for role, model in (trained | others).items():
+            with torch.no_grad():
+                loss_of(model, ROWS)
+            parts = {
+                parameter.ds_secondary_tensor.numel() / parameter.ds_tensor.numel()
+                for parameter in model.module.parameters()
+                if parameter.ds_secondary_tensor is not None
+            }
+            # Half a weight on each of a node's two ranks, beside a quarter on each of all four.
+            assert parts <= {2}
+            second += [role] if parts else []
+        found.append((weights, second))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.knob("hpz.enabled_actor", "hpz.enabled_critic")
+def test_a_second_partition_within_each_node(tmp_path: Path) -> None:
+    """The model that asks for it has it, no other, and no weight changes by it."""
+    tiny.save_policy(tmp_path / "actor", "llama")
+    tiny.save_classifier(tmp_path / "critic", "llama")
+
+    found, *_ = together(4, over_two_nodes, tmp_path)
+
+    expected, _ = found[0]
+    for enabled, (weights, second) in zip(CASES, found, strict=True):
+        assert tuple(second) == enabled
+        assert weights.keys() == expected.keys()
+        for name, value in weights.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.knob(
     "optimizer.beta1",
     "optimizer.beta2",
@@ -233,6 +351,7 @@ def test_each_setting_of_the_optimizer_is_plain_adamws(
     "lora.critic_lr",
 )
 @pytest.mark.usefixtures("one_rank")
+@pytest.mark.knob("lora.actor_lr", "lora.critic_lr")
 def test_actor_and_critic_have_settings_of_their_own(tmp_path: Path) -> None:
     settings = tiny.settings(
         "actor.learning_rate=0.01",
@@ -261,23 +380,6 @@ def test_actor_and_critic_have_settings_of_their_own(tmp_path: Path) -> None:
         }
         assert groups["decay"]["weight_decay"] == decay
         assert trained.get_lr()[0] == rate
-
-
-@pytest.mark.usefixtures("one_rank")
-@pytest.mark.parametrize("zero_stage", [0, 3])
-def test_a_frozen_model_only_scores(tmp_path: Path, zero_stage: int) -> None:
-    settings = tiny.settings()
-    model = scorer(tmp_path)
-    with torch.no_grad():
-        expected = loss_of(copy.deepcopy(model).eval(), ROWS)
-    model.train()
-
-    frozen = engine.frozen(model, zero_stage, settings, tiny.cpu(settings))
-
-    found = loss_of(frozen, ROWS)
-    assert not found.requires_grad
-    assert not model.training
-    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.usefixtures("one_rank")

@@ -18,7 +18,7 @@ from transformers import (  # noqa: E402
     AutoModelForSequenceClassification,
 )
 
-from hlrlhf.trainer import experience, models, rollout  # noqa: E402
+from hlrlhf.trainer import experience, frozen, models, rollout  # noqa: E402
 from hlrlhf.trainer.rewards import Rewards  # noqa: E402
 from hlrlhf.trainer.scores import ModelScores  # noqa: E402
 
@@ -54,7 +54,7 @@ class Case:
         reward = models.load_scorer(str(self.reward), "fp32", 0.0).eval()
         actor.train()
         critic.train()
-        return actor, critic, reference, reward
+        return actor, critic, frozen.Copy(reference), frozen.Copy(reward)
 
 
 @pytest.fixture(scope="module", params=tiny.WITH_POSITIONS)

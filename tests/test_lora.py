@@ -50,6 +50,7 @@ def outputs(model: Any) -> Any:
         return model(*arguments, 1.0) if isinstance(model, models.Policy) else model(*arguments)
 
 
+@pytest.mark.knob("lora.dim", "lora.alpha")
 @architectures
 @kinds
 def test_every_linear_layer_of_the_backbone_has_an_adapter_and_the_head_has_none(
@@ -75,6 +76,7 @@ def test_every_linear_layer_of_the_backbone_has_an_adapter_and_the_head_has_none
     assert layer.scaling == {"default": 6 / 3}
 
 
+@pytest.mark.knob("only_optimize_lora")
 @architectures
 @kinds
 @pytest.mark.parametrize("only", [False, True])

@@ -98,7 +98,7 @@ def test_a_seed_fixes_every_number_to_the_last_digit(trained: Trained, ranks: in
         assert one.metrics[-1]["kl"] != other.metrics[-1]["kl"]
 
 
-@pytest.mark.knob("devices_per_node")
+@pytest.mark.knob("devices_per_node", "actor.zero_stage", "critic.zero_stage")
 @pytest.mark.parametrize(
     ("ranks", "changes"),
     [
@@ -242,6 +242,15 @@ def adapters_only(trained: Trained) -> Run:
     return trained(2, mbs=2, only_optimize_lora=1, **ADAPTERS, **zero(3))
 
 
+def test_a_reward_model_that_the_critic_holds_is_the_one_of_its_own(
+    trained: Trained, adapters_only: Run, demo_models: Path
+) -> None:
+    """On 2 ranks under ZeRO-3, against one rank that reads the same model in its other format."""
+    apart = {"reward__model_path": demo_models / "reward-hf"}
+    assert_same(adapters_only, trained(only_optimize_lora=1, **ADAPTERS, **apart))
+
+
+@pytest.mark.knob("only_optimize_lora", "lora.dim", "lora.alpha")
 def test_adapters_alone_leave_the_base_as_it_was(adapters_only: Run, demo_models: Path) -> None:
     merged = adapters_only.weights("actor")
     adapter = load_file(
@@ -357,6 +366,33 @@ def test_the_log_of_a_run_is_plain_lines(trained: Trained) -> None:
     assert [line.split()[1] for line in steps] == ["1/3", "2/3", "3/3"]
     assert re.search(r"^mean reward -?\d.* over the first step, ", first, re.MULTILINE)
     assert second == "", "rank 0 speaks for all"
+
+
+@pytest.mark.knob("save_interval", "ema.enabled", "ema.decay")
+def test_models_and_the_average_are_saved_on_the_way(trained: Trained, demo_models: Path) -> None:
+    run = trained(save_interval=1, ema__enabled=1, ema__decay=0.9)
+    folders = run.directory / "checkpoints"
+    assert {folder.name for folder in folders.iterdir()} == {"step-1", "step-2", "final"}
+    expected = load_file(demo_models / "actor" / "model.safetensors")
+    for name in ("step-1", "step-2", "final"):
+        own = run.weights("actor", name)
+        expected = {key: 0.9 * value + 0.1 * own[key] for key, value in expected.items()}
+        average = run.weights("actor-ema", name)
+        assert average.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(average[key], value, rtol=1e-5, atol=1e-6)
+            assert not average[key].equal(own[key]), key
+        AutoModelForCausalLM.from_pretrained(folders / name / "actor-ema")
+    plain = trained()
+    assert_same(run, plain)
+    saved = [path.relative_to(plain.directory) for path in plain.directory.glob("checkpoints/*/*")]
+    assert {str(path) for path in saved} == {"checkpoints/final/actor", "checkpoints/final/critic"}
+
+
+@pytest.mark.knob("save_interval")
+def test_every_second_step_is_saved_and_a_first_save_is_not_the_last(trained: Trained) -> None:
+    folders = trained(run_steps=5, save_interval=2).directory / "checkpoints"
+    assert {folder.name for folder in folders.iterdir()} == {"step-2", "step-4", "final"}
 
 
 @pytest.mark.knob("tensorboard_path", "checkpoint_path")

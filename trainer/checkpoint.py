@@ -11,11 +11,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hlrlhf.trainer import lora
+from hlrlhf.trainer.ema import Average
 from hlrlhf.trainer.engine import whole_weights
 from hlrlhf.trainer.models import Policy, Scorer, unwrapped
 
 
-def save_models(folder: Path, actor: Any, critic: Any, tokenizer: Any) -> None:
+def save_models(
+    folder: Path, actor: Any, critic: Any, tokenizer: Any, average: Average | None = None
+) -> None:
     """Write ``actor/`` and ``critic/``, LoRA merged, and ``*-adapter/`` beside them.
 
     The folder appears whole or not at all; one that is there already is replaced. All ranks have
@@ -25,15 +28,21 @@ def save_models(folder: Path, actor: Any, critic: Any, tokenizer: Any) -> None:
         folder: where.
         actor, critic: engines.
         tokenizer: the actor's.
+        average: of the actor, for ``actor-ema/``.
     """
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     if dist.get_rank() == 0:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-    for role, engine in (("actor", actor), ("critic", critic)):
-        weights = whole_weights(engine)
+
+    def save(role: str, model: Policy | Scorer, weights: dict[str, Tensor]) -> None:
         if dist.get_rank() == 0:
-            _save(unfinished, role, engine.module, weights, tokenizer)
+            _save(unfinished, role, model, weights, tokenizer)
+
+    save("actor", actor.module, whole_weights(actor))
+    save("critic", critic.module, whole_weights(critic))
+    if average is not None:
+        save("actor-ema", actor.module, average.whole_weights())
     if dist.get_rank() == 0:
         if folder.exists():
             shutil.rmtree(folder)

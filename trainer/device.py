@@ -64,8 +64,10 @@ class Device:
         """
         yield {}
 
-    def adamw(self, groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
-        """AdamW in its fastest form that needs no compiler."""
+    def adamw(
+        self, groups: list[dict[str, Any]], *, on_host: bool, **options: Any
+    ) -> torch.optim.Optimizer:
+        """AdamW in its fastest form that needs no compiler, here or on the host's processors."""
         return torch.optim.AdamW(groups, fused=True, **options)
 
     def synchronize(self) -> None:
@@ -184,7 +186,11 @@ class Hpu(Device):
             model.clear_cache()
             model.forward = plain
 
-    def adamw(self, groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
+    def adamw(
+        self, groups: list[dict[str, Any]], *, on_host: bool, **options: Any
+    ) -> torch.optim.Optimizer:
+        if on_host:
+            return super().adamw(groups, on_host=on_host, **options)
         optimizers = importlib.import_module("habana_frameworks.torch.hpex.optimizers")
         optimizer: torch.optim.Optimizer = optimizers.FusedAdamW(groups, **options)
         return optimizer

@@ -11,6 +11,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.utils import groups as rank_groups
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
@@ -53,6 +54,7 @@ def trained(
         updates: optimizer steps of the whole run, the length of the schedule.
     """
     is_actor = isinstance(own, Actor)
+    offload = settings.optimizer.offload
     optimizer = device.adamw(
         parameter_groups(
             model,
@@ -60,6 +62,7 @@ def trained(
             settings.lora.actor_lr if is_actor else settings.lora.critic_lr,
             own.weight_decay,
         ),
+        on_host=offload,
         lr=own.learning_rate,
         betas=(settings.optimizer.beta1, settings.optimizer.beta2),
         eps=settings.optimizer.epsilon,
@@ -76,7 +79,10 @@ def trained(
         "gradient_clipping": settings.optimizer.gradient_clipping,
         # torch's own AdamW rather than DeepSpeed's, which would be compiled at the first start.
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
     }
+    if offload:
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     if settings.hpz.enabled_actor if is_actor else settings.hpz.enabled_critic:
         config["zero_optimization"]["zero_hpz_partition_size"] = settings.devices_per_node
     if settings.hybrid_engine and is_actor:
@@ -89,25 +95,25 @@ def trained(
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, lr_scheduler=schedule, config=config
         )
+    # DeepSpeed keeps one group of ranks for hpZ, and every later model would have it too.
+    rank_groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
     return engine
 
 
-def frozen(model: Policy | Scorer, zero_stage: int, settings: Settings, device: Device) -> Any:
-    """A model that only scores: under ZeRO-3 partitioned over the ranks, else whole on each.
+def partitioned(model: Policy | Scorer, settings: Settings, in_host_memory: bool) -> Any:
+    """A ZeRO-3 engine around a model that does not train.
 
     Args:
         model: on any device.
-        zero_stage: that of the trained model which this one is a sibling of.
         settings: all of them.
-        device: the rank's.
+        in_host_memory: whether each rank's part lies there rather than on the device.
     """
-    model.requires_grad_(False).eval()
-    if zero_stage < 3:
-        return model.to(device.torch)
-    config = _config(settings, zero_stage) | {
+    config = _config(settings, 3) | {
         "train_micro_batch_size_per_gpu": settings.mbs,
         "train_batch_size": settings.mbs * settings.world_size,
     }
+    if in_host_memory:
+        config["zero_optimization"]["offload_param"] = {"device": "cpu"}
     with _exact_buffers(model):
         engine, *_ = deepspeed.initialize(model=model, config=config)
     engine.eval()
@@ -214,7 +220,8 @@ def gathered(engine: Any) -> Iterator[None]:
         yield
         return
     parameters = list(engine.module.parameters())
-    offload = engine.optimizer.parameter_offload
+    # A model that does not train has no optimizer around it.
+    offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
     with deepspeed.zero.GatheredParameters(parameters):
         for parameter in parameters:
             parameter.ds_active_sub_modules.clear()

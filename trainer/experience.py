@@ -68,7 +68,7 @@ def score(
     Args:
         rollout: this rank's.
         actor, critic: engines.
-        reference: an engine or a module.
+        reference: see `frozen`.
         rewards: what scores the answers.
         settings: all of them.
         device: the rank's.
@@ -79,13 +79,15 @@ def score(
     actor.module.eval()
     critic.module.eval()
     logprobs, reference_logprobs, values = [], [], []
-    for sequences, mask in zip(
-        torch.split(rollout.sequences, settings.mbs),
-        torch.split(rollout.attention_mask, settings.mbs),
-        strict=True,
-    ):
+    rows = (rollout.sequences, rollout.attention_mask)
+    micro_batches = list(zip(*(torch.split(part, settings.mbs) for part in rows), strict=True))
+    # Apart from the others: to be ready may mean to come to the device, or to switch adapters off.
+    with reference.ready():
+        for sequences, mask in micro_batches:
+            reference_logprobs.append(reference(sequences, mask, width, temperature))
+            device.step_done()
+    for sequences, mask in micro_batches:
         logprobs.append(actor(sequences, mask, width, temperature))
-        reference_logprobs.append(reference(sequences, mask, width, temperature))
         values.append(critic(sequences, mask, width)[:, :-1])
         device.step_done()
     return assemble(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,19 @@ import torch.distributed as dist
 
 from hlrlhf.settings import Settings
 from hlrlhf.settings.schema import Actor, Critic
-from hlrlhf.trainer import checkpoint, data, engine, flops, hybrid, lora, models, ppo, pretraining
+from hlrlhf.trainer import (
+    checkpoint,
+    data,
+    ema,
+    engine,
+    flops,
+    frozen,
+    hybrid,
+    lora,
+    models,
+    ppo,
+    pretraining,
+)
 from hlrlhf.trainer import experience as experiences
 from hlrlhf.trainer import rollout as rollouts
 from hlrlhf.trainer.device import Device
@@ -22,7 +35,7 @@ from hlrlhf.trainer.experience import Experience
 from hlrlhf.trainer.flops import Cost
 from hlrlhf.trainer.guards import Guard
 from hlrlhf.trainer.metrics import Recorder, means
-from hlrlhf.trainer.rewards import check_rewards, load_rewards
+from hlrlhf.trainer.rewards import Rewards, check_rewards, load_rewards
 from hlrlhf.trainer.rollout import Rollout
 from hlrlhf.trainer.update import update
 
@@ -59,8 +72,8 @@ def train(settings: Settings, run: Path, device: Device, warned: Callable[[], bo
 
     device.seed(settings.seed)
     updates = total_steps * settings.ppo.epochs * settings.ppo.minibatches
-    actor, critic, reference = _load(settings, tokenizer, device, updates)
-    rewards = load_rewards(settings, tokenizer, device)
+    actor, critic, reference, rewards = _load(settings, tokenizer, device, updates)
+    average = ema.Average(actor, settings.ema.decay) if settings.ema.enabled else None
     end_tokens = models.end_tokens(actor.module, tokenizer)
     padding = end_tokens[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     sampling = rollouts.sampling(settings, tokenizer, end_tokens, padding, device)
@@ -117,7 +130,7 @@ def train(settings: Settings, run: Path, device: Device, warned: Callable[[], bo
         clock.lap("score_seconds")
         totals = _totals(rollout, experience)
         if whole := guard.usable(experience):
-            told, whole = update(experience, actor, critic, mix, settings, device)
+            told, whole = update(experience, actor, critic, mix, settings, device, average)
             totals |= told
         guard.judge(step + 1, whole, experience)
         clock.lap("update_seconds")
@@ -151,9 +164,13 @@ def train(settings: Settings, run: Path, device: Device, warned: Callable[[], bo
         if step + 1 < total_steps and engine.agreed(warned(), device):
             complete = False
             break
+        interval = settings.save_interval
+        if interval and (step + 1) % interval == 0 and step + 1 < total_steps:
+            folder = saved_models / f"step-{step + 1}"
+            checkpoint.save_models(folder, actor, critic, tokenizer, average)
 
     name = "final" if complete else f"step-{step + 1}"
-    checkpoint.save_models(saved_models / name, actor, critic, tokenizer)
+    checkpoint.save_models(saved_models / name, actor, critic, tokenizer, average)
     if recorder is not None:
         print(recorder.close())
         print(f"actor and critic are in {saved_models / name}", flush=True)
@@ -176,36 +193,35 @@ class Clock:
         self._last = now
 
 
-def _load(settings: Settings, tokenizer: Any, device: Device, updates: int) -> tuple[Any, Any, Any]:
-    """Actor, critic and reference, as they start, each in its engine.
+def _load(
+    settings: Settings, tokenizer: Any, device: Device, updates: int
+) -> tuple[Any, Any, frozen.Copy, Rewards]:
+    """Actor, critic and reference, as they start, each in its engine; and what scores answers.
 
     Each is on the device before the next is read: the ranks of a node share its memory.
     """
-    dtype = settings.dtype
 
-    def checked(role: str, model: Any) -> Any:
-        models.check_vocabulary(tokenizer, role, model)
-        return model
-
-    def policy(role: str, dropout: float) -> Any:
-        path, chunk = settings.actor.model_path, settings.ppo.logprob_chunk
-        return checked(role, models.load_policy(path, dtype, dropout, chunk))
-
-    def trainable(role: str, own: Actor | Critic) -> Any:
+    def prepared(role: str, own: Actor | Critic) -> Any:
         if isinstance(own, Actor):
-            model: Any = policy(role, own.dropout)
+            chunk = settings.ppo.logprob_chunk
+            model: Any = models.load_policy(own.model_path, settings.dtype, own.dropout, chunk)
         else:
-            model = checked(role, models.load_scorer(own.model_path, dtype, own.dropout))
+            model = models.load_scorer(own.model_path, settings.dtype, own.dropout)
+        models.check_vocabulary(tokenizer, role, model)
         if own.cp_act:
             model.inner.gradient_checkpointing_enable({"use_reentrant": False})
         if settings.lora.dim:
             lora.add_adapters(model, settings)
-        return engine.trained(model, own, settings, device, updates)
+        return model
 
-    actor = trainable("actor", settings.actor)
-    critic = trainable("critic", settings.critic)
-    reference = engine.frozen(policy("reference", 0.0), settings.actor.zero_stage, settings, device)
-    return actor, critic, reference
+    policy = prepared("actor", settings.actor)
+    actor = engine.trained(policy, settings.actor, settings, device, updates)
+    scorer = prepared("critic", settings.critic)
+    first_head = copy.deepcopy(scorer.head)
+    critic = engine.trained(scorer, settings.critic, settings, device, updates)
+    reference = frozen.reference(settings, tokenizer, actor, device)
+    rewards = load_rewards(settings, tokenizer, critic, first_head, device)
+    return actor, critic, reference, rewards
 
 
 def _totals(

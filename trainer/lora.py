@@ -22,7 +22,7 @@ def add_adapters(model: Policy | Scorer, settings: Settings) -> None:
         TrainerError: the model has no layer that could take one.
     """
     inner = model.inner
-    head = inner.get_output_embeddings() if isinstance(model, Policy) else inner.score
+    head = inner.get_output_embeddings() if isinstance(model, Policy) else model.head
     targets = [
         name
         for name, module in inner.named_modules()
@@ -43,7 +43,7 @@ def add_adapters(model: Policy | Scorer, settings: Settings) -> None:
         model.classifier = adapted
     for name, parameter in adapted.named_parameters():
         in_head = isinstance(model, Scorer) and name.endswith("score.weight")
-        parameter.requires_grad_(is_adapter(name) or in_head or not settings.only_optimize_lora)
+        parameter.requires_grad_(is_adapter(name) or in_head or not settings.adapters_only)
 
 
 def is_adapter(name: str) -> bool:

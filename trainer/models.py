@@ -147,13 +147,26 @@ class Scorer(nn.Module):
         """The Hugging Face model, in peft's wrapper when it has adapters."""
         return self.classifier
 
-    def forward(self, sequences: Tensor, attention_mask: Tensor, answer_width: int) -> Tensor:
+    @property
+    def head(self) -> nn.Module:
+        """The layer that makes a scalar of a hidden state."""
+        head: nn.Module = unwrapped(self.classifier).score
+        return head
+
+    def forward(
+        self,
+        sequences: Tensor,
+        attention_mask: Tensor,
+        answer_width: int,
+        head: nn.Module | None = None,
+    ) -> Tensor:
         """Scalars at the last `answer_width` + 1 columns, the one before the answer included.
 
         Args:
             sequences: [b, t], prompts padded on the left, answers on the right.
             attention_mask: [b, t].
             answer_width: r.
+            head: takes the place of the model's own.
 
         Returns:
             [b, r + 1], fp32. As values, entries 0 … r-1 are the estimates before each answer token;
@@ -167,7 +180,7 @@ class Scorer(nn.Module):
             use_cache=False,
             **_positions(backbone, attention_mask),
         ).last_hidden_state
-        scores: Tensor = classifier.score(hidden[:, -answer_width - 1 :]).squeeze(-1)
+        scores: Tensor = (head or self.head)(hidden[:, -answer_width - 1 :]).squeeze(-1)
         return scores.float()
 
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from hlrlhf.settings import Settings
-from hlrlhf.trainer import engine, flops, models
+from hlrlhf.trainer import flops, frozen, models
 from hlrlhf.trainer.device import Device
 from hlrlhf.trainer.errors import TrainerError
 from hlrlhf.trainer.rollout import Rollout
@@ -138,8 +138,16 @@ def check_rewards(settings: Settings, tokenizer: Any) -> None:
         _own_tokenizer(settings, tokenizer)
 
 
-def load_rewards(settings: Settings, tokenizer: Any, device: Device) -> Rewards:
+def load_rewards(
+    settings: Settings, tokenizer: Any, critic: Any, first_head: nn.Module, device: Device
+) -> Rewards:
     """What scores the answers of a run, on the device.
+
+    Args:
+        settings: all of them.
+        tokenizer: the actor's.
+        critic, first_head: see `frozen.reward_model`.
+        device: the rank's.
 
     Raises:
         TrainerError: see `check_rewards`; or the reward model cannot be loaded or does not fit its
@@ -150,10 +158,9 @@ def load_rewards(settings: Settings, tokenizer: Any, device: Device) -> Rewards:
     cost = None
     if own.model_weight:
         again = _own_tokenizer(settings, tokenizer)
-        scorer = models.load_scorer(_path(settings), settings.dtype, 0.0)
-        models.check_vocabulary(tokenizer if again is None else again, "reward model", scorer)
-        cost = flops.cost(scorer)
-        model = engine.frozen(scorer, settings.critic.zero_stage, settings, device)
+        reads = tokenizer if again is None else again
+        model = frozen.reward_model(settings, reads, critic, first_head, device)
+        cost = flops.cost(model.module)
         by_model = ModelScores(model, tokenizer, again, settings, device)
         sources.append((own.model_weight, by_model))
     if own.function is not None:
@@ -173,13 +180,9 @@ def _one_extends_the_other(one: dict[str, int], other: dict[str, int]) -> bool:
     return one.items() <= other.items() or other.items() <= one.items()
 
 
-def _path(settings: Settings) -> str:
-    return settings.reward.model_path or settings.critic.model_path
-
-
 def _own_tokenizer(settings: Settings, tokenizer: Any) -> Any | None:
     """The reward model's tokenizer, or None when the model works on the actor's tokens."""
-    path = _path(settings)
+    path = frozen.reward_path(settings)
     held = models.held_tokenizer(path)
     if settings.reward.own_tokenizer:
         if held is None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from hlrlhf.settings import Settings
 from hlrlhf.trainer import engine, ppo
 from hlrlhf.trainer.device import Device
+from hlrlhf.trainer.ema import Average
 from hlrlhf.trainer.experience import Experience
 from hlrlhf.trainer.pretraining import Mix
 
@@ -21,6 +22,7 @@ def update(
     mix: Mix | None,
     settings: Settings,
     device: Device,
+    average: Average | None = None,
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], bool]:
     """All optimizer steps on a rollout, gradients accumulated over micro batches.
 
@@ -30,6 +32,7 @@ def update(
         mix: of the language-modelling loss beside the actor's, or None.
         settings: all of them.
         device: the rank's.
+        average: of the actor, which takes in each of its steps, or None.
 
     Returns:
         This rank's sums and weights of what the update shows, for `metrics.means`; and whether
@@ -57,6 +60,8 @@ def update(
                     whole &= engine.descend(actor, loss)
                     device.step_done()
                     texts += seen
+            if average is not None and actor.was_step_applied():
+                average.update()
             for micro in minibatch.split(settings.mbs):
                 loss = _value_loss(critic, micro, settings)
                 whole &= engine.descend(critic, loss * share)

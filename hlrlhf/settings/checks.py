@@ -20,6 +20,10 @@ def contradictions(settings: Settings, values: Mapping[str, Given]) -> Iterator[
         settings: valid one by one.
         values: the same with origins, by dotted name.
     """
+
+    def asked(name: str) -> bool:
+        return values[name].origin.kind in ("environment", "flag")
+
     per_step = settings.world_size * settings.mbs
     if settings.gbs % per_step:
         below = settings.gbs // per_step * per_step
@@ -57,6 +61,10 @@ def contradictions(settings: Settings, values: Mapping[str, Given]) -> Iterator[
         stage = f"{model}.zero_stage"
         if enabled and values[stage].value != 3:
             yield (f"hpz.enabled_{model}", stage), "hpZ needs ZeRO stage 3"
+        elif enabled and settings.devices_per_node == 1:
+            yield (f"hpz.enabled_{model}", "devices_per_node"), "hpZ needs several devices per node"
+        if settings.optimizer.offload and values[stage].value == 0:
+            yield ("optimizer.offload", stage), "optimizer offload needs ZeRO stage 1 or more"
     if settings.container.kind == "none":
         for name in ("container.image", "container.mounts", "container.args"):
             if values[name].value:
@@ -66,12 +74,17 @@ def contradictions(settings: Settings, values: Mapping[str, Given]) -> Iterator[
     # A preset may say what LoRA trains before anyone turns LoRA on; a person who asks for
     # adapters alone without having any would train all weights and not be told. So with prompts
     # for an evaluation that never is.
-    asked = {name for name, given in values.items() if given.origin.kind in ("environment", "flag")}
-    if settings.only_optimize_lora and "only_optimize_lora" in asked and settings.lora.dim == 0:
+    if settings.only_optimize_lora and asked("only_optimize_lora") and settings.lora.dim == 0:
         yield ("only_optimize_lora", "lora.dim"), "there is no LoRA to optimize: set lora.dim"
     for name in ("evaluation.path", "evaluation.prompts"):
-        if name in asked and values[name].value is not None and settings.evaluation.interval == 0:
+        if asked(name) and values[name].value is not None and settings.evaluation.interval == 0:
             yield (name, "evaluation.interval"), "nothing is evaluated: set evaluation.interval"
+    if settings.adapters_only and settings.reference.offload and asked("reference.offload"):
+        yield (
+            ("reference.offload", "only_optimize_lora", "lora.dim"),
+            "with adapters alone to train, the reference is the actor without them and takes no "
+            "memory of its own",
+        )
     weights = settings.dataset.weights
     if weights is not None and len(weights) != len(settings.dataset.path):
         yield ("dataset.weights", "dataset.path"), "give one weight per data set, or none"

@@ -128,6 +128,15 @@ class Critic(Trained):
     )
 
 
+class Reference(Group):
+    """The frozen policy that the KL penalty is measured against."""
+
+    offload: bool = Field(
+        False,
+        description="Keep the reference in host memory and move it to the device only to score.",
+    )
+
+
 class Reward(Group):
     """What scores answers: a frozen model, a Python function, or the weighted sum of both."""
 
@@ -173,6 +182,17 @@ class Lora(Group):
     )
     actor_lr: Rate = Field(5e-4, description="Peak learning rate of the actor's adapters.")
     critic_lr: Rate = Field(5e-4, description="Peak learning rate of the critic's adapters.")
+
+
+class Ema(Group):
+    """A moving average of the actor's weights, saved beside it."""
+
+    enabled: bool = Field(
+        False,
+        description="Average the actor's trained weights in fp32, in host memory, and save the "
+        "average as actor-ema.",
+    )
+    decay: Fraction = Field(0.992, description="Decay of the moving average per optimizer step.")
 
 
 class Hpz(Group):
@@ -338,6 +358,7 @@ class Optimizer(Group):
     lr_scheduler: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="Learning-rate schedule after the warm-up."
     )
+    offload: bool = Field(False, description="Keep optimizer states in host memory (ZeRO-Offload).")
 
 
 class Guard(Group):
@@ -494,6 +515,11 @@ class Settings(Group):
         description="Print prompts and answers every so many steps; 0 never does.",
         json_schema_extra=unit("steps"),
     )
+    save_interval: Count = Field(
+        0,
+        description="Save actor and critic every so many steps; 0 saves at the end only.",
+        json_schema_extra=unit("steps"),
+    )
     only_optimize_lora: bool = Field(
         False,
         description="With LoRA, train the adapters and the critic's head only; otherwise all "
@@ -531,8 +557,10 @@ class Settings(Group):
     )
     actor: Actor
     critic: Critic
+    reference: Reference = Field(default_factory=Reference)
     reward: Reward = Field(default_factory=Reward)
     lora: Lora = Field(default_factory=Lora)
+    ema: Ema = Field(default_factory=Ema)
     hpz: Hpz = Field(default_factory=Hpz)
     dataset: Dataset
     generation: Generation = Field(default_factory=Generation)
@@ -560,6 +588,11 @@ class Settings(Group):
     def gradient_accumulation_steps(self) -> int:
         """Micro batches that make one device's part of the global batch."""
         return self.per_device_batch_size // self.mbs
+
+    @property
+    def adapters_only(self) -> bool:
+        """Whether the models' own weights stay as they were, the critic's head excepted."""
+        return self.only_optimize_lora and self.lora.dim > 0
 
     @property
     def gres_name(self) -> str | None:
