@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from hlrlhf.settings import Settings
@@ -22,6 +21,7 @@ from hlrlhf.trainer import (
     frozen,
     hybrid,
     lora,
+    measures,
     models,
     ppo,
     pretraining,
@@ -31,12 +31,9 @@ from hlrlhf.trainer import rollout as rollouts
 from hlrlhf.trainer.device import Device
 from hlrlhf.trainer.errors import TrainerError
 from hlrlhf.trainer.evaluation import Evaluation
-from hlrlhf.trainer.experience import Experience
-from hlrlhf.trainer.flops import Cost
 from hlrlhf.trainer.guards import Guard
 from hlrlhf.trainer.metrics import Recorder, means
 from hlrlhf.trainer.rewards import Rewards, check_rewards, load_rewards
-from hlrlhf.trainer.rollout import Rollout
 from hlrlhf.trainer.update import update
 
 
@@ -112,7 +109,7 @@ def train(settings: Settings, run: Path, device: Device, warned: Callable[[], bo
 
     complete = True
     for step in range(total_steps):
-        rates = _learning_rates(actor, critic)
+        rates = measures.learning_rates(actor, critic)
         # In turn, so that a part of each rank's rows is a part of the global batch's, in order.
         batch = prompts.batch(step, settings.gbs)[rank :: settings.world_size]
         asked = [prompts.ids[i] for i in batch]
@@ -121,22 +118,22 @@ def train(settings: Settings, run: Path, device: Device, warned: Callable[[], bo
         if step == 0:
             evaluated(0)
             began = time.perf_counter()
-        clock = Clock(device)
+        clock = measures.Clock(device)
         rollout = rollouts.generate(actor, asked, sampling, device)
         clock.lap("generate_seconds")
         experience = experiences.score(
             rollout, actor, critic, reference, rewards, settings, device, kl.coefficient
         )
         clock.lap("score_seconds")
-        totals = _totals(rollout, experience)
+        totals = measures.totals(rollout, experience)
         if whole := guard.usable(experience):
             told, whole = update(experience, actor, critic, mix, settings, device, average)
             totals |= told
         guard.judge(step + 1, whole, experience)
         clock.lap("update_seconds")
 
-        values = means(totals) | rates | _gradient_norms(actor, critic)
-        values["explained_variance"] = _explained_variance(experience)
+        values = means(totals) | rates | measures.gradient_norms(actor, critic)
+        values["explained_variance"] = measures.explained_variance(experience)
         values["skipped_steps"] = guard.skipped
         values["kl_coefficient"] = kl.coefficient
         if whole:
@@ -145,14 +142,10 @@ def train(settings: Settings, run: Path, device: Device, warned: Callable[[], bo
             values |= found
             clock.lap("evaluate_seconds")
         values |= clock.laps
-        tokens, operations = _work(rollout, costs, settings.ppo.epochs)
         # From one record to the next: nothing that a step costs is left out.
         values["seconds"] = time.perf_counter() - began
         began = time.perf_counter()
-        values["samples_per_second"] = settings.gbs / values["seconds"]
-        values["tokens_per_second"] = tokens / values["seconds"]
-        on_device = operations / settings.world_size / 1e12
-        values["tflops_per_device"] = on_device / values["seconds"]
+        values |= measures.pace(rollout, costs, settings, values["seconds"])
         values["peak_memory_bytes"] = device.peak_memory()
         if recorder is not None:
             recorder.step(values)
@@ -160,7 +153,7 @@ def train(settings: Settings, run: Path, device: Device, warned: Callable[[], bo
                 recorder.warn(warning)
             interval = settings.print_answers_interval
             aloud = interval > 0 and (step + 1) % interval == 0
-            recorder.samples(_samples(rollout, experience, tokenizer), aloud=aloud)
+            recorder.samples(measures.samples(rollout, experience, tokenizer), aloud=aloud)
         if step + 1 < total_steps and engine.agreed(warned(), device):
             complete = False
             break
@@ -175,22 +168,6 @@ def train(settings: Settings, run: Path, device: Device, warned: Callable[[], bo
         print(recorder.close())
         print(f"actor and critic are in {saved_models / name}", flush=True)
     return complete
-
-
-class Clock:
-    """Seconds of each part of a step."""
-
-    def __init__(self, device: Device):
-        self._device = device
-        self._last = time.perf_counter()
-        self.laps: dict[str, float] = {}
-
-    def lap(self, name: str) -> None:
-        """End the part that began with the last lap."""
-        self._device.synchronize()
-        now = time.perf_counter()
-        self.laps[name] = now - self._last
-        self._last = now
 
 
 def _load(
@@ -222,78 +199,3 @@ def _load(
     reference = frozen.reference(settings, tokenizer, actor, device)
     rewards = load_rewards(settings, tokenizer, critic, first_head, device)
     return actor, critic, reference, rewards
-
-
-def _totals(
-    rollout: Rollout, experience: Experience
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """This rank's sums and weights of what a rollout shows, for `means`."""
-    mask = rollout.answer_mask
-    rows = torch.tensor(len(mask), device=mask.device)
-    tokens = mask.sum()
-    kl = ppo.kl_estimate(experience.logprobs, experience.reference)
-    return {
-        "reward": (experience.scores.sum(), rows),
-        # Of whole answers: the sum over tokens.
-        "kl": (kl.sum(), rows),
-        "length": (tokens, rows),
-        "ended": (rollout.ended.sum(), rows),
-        # The sampled estimate, in nats per token.
-        "entropy": (-experience.logprobs.sum(), tokens),
-        "value": ((experience.values * mask).sum(), tokens),
-        "return": (experience.returns.sum(), tokens),
-    }
-
-
-def _work(rollout: Rollout, costs: tuple[Cost, Cost, Cost | None], epochs: int) -> list[float]:
-    """Tokens of all ranks' sequences, and floating-point operations of the step."""
-    answers = rollout.lengths
-    prompts = rollout.attention_mask.sum(-1) - answers
-    tokens = (prompts + answers).sum().float()
-    both = torch.stack([tokens, flops.of_step(prompts, answers, *costs, epochs)])
-    found: list[float] = engine.summed(both).tolist()
-    return found
-
-
-def _explained_variance(experience: Experience) -> float:
-    """Of the returns by the values that the critic gave before the update, 1 at best."""
-    both = torch.stack([experience.returns, experience.returns - experience.values])
-    _, (returns, errors) = experiences.moments(both, experience.answer_mask)
-    return 1 - float(errors / returns) if returns else 0.0
-
-
-def _learning_rates(actor: Any, critic: Any) -> dict[str, float]:
-    """Learning rates of the coming update, those of adapters apart."""
-    rates = {}
-    for role, trained in (("actor", actor), ("critic", critic)):
-        for group in trained.optimizer.param_groups:
-            kind = "lora_learning_rate" if group["name"] == "lora" else "learning_rate"
-            rates[f"{role}_{kind}"] = group["lr"]
-    return rates
-
-
-def _gradient_norms(actor: Any, critic: Any) -> dict[str, float]:
-    """Gradient norms of the last update, where DeepSpeed keeps them.
-
-    It does not in fp32 without ZeRO.
-    """
-    norms = {}
-    for role, trained in (("actor", actor), ("critic", critic)):
-        if (norm := trained.get_global_grad_norm()) is not None:
-            norms[f"{role}_gradient_norm"] = float(norm)
-    return norms
-
-
-def _samples(rollout: Rollout, experience: Experience, tokenizer: Any) -> list[dict[str, Any]]:
-    """The first row of this rank's rollout."""
-    # Picked out on the CPU: elsewhere, each length would be a shape to compile.
-    tokens, mask = rollout.sequences[0].cpu(), rollout.attention_mask[0].bool().cpu()
-    width = len(tokens) - rollout.answer_width
-    prompt, answer = tokens[:width][mask[:width]], tokens[width:][mask[width:]]
-    return [
-        {
-            "prompt": tokenizer.decode(prompt),
-            "answer": tokenizer.decode(answer),
-            "score": experience.scores[0].item(),
-        }
-    ]

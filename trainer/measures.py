@@ -1,0 +1,119 @@
+"""What a step shows of itself: the numbers of its rollout, its models and its time."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hlrlhf.settings import Settings
+from hlrlhf.trainer import flops, ppo
+from hlrlhf.trainer.device import Device
+from hlrlhf.trainer.engine import summed
+from hlrlhf.trainer.experience import Experience, moments
+from hlrlhf.trainer.flops import Cost
+from hlrlhf.trainer.rollout import Rollout
+
+
+class Clock:
+    """Seconds of each part of a step."""
+
+    def __init__(self, device: Device):
+        self._device = device
+        self._last = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        """End the part that began with the last lap."""
+        self._device.synchronize()
+        now = time.perf_counter()
+        self.laps[name] = now - self._last
+        self._last = now
+
+
+def totals(rollout: Rollout, experience: Experience) -> dict[str, tuple[Tensor, Tensor]]:
+    """This rank's sums and weights of what a rollout shows, for `metrics.means`."""
+    mask = rollout.answer_mask
+    rows = torch.tensor(len(mask), device=mask.device)
+    tokens = mask.sum()
+    kl = ppo.kl_estimate(experience.logprobs, experience.reference)
+    return {
+        "reward": (experience.scores.sum(), rows),
+        # Of whole answers: the sum over tokens.
+        "kl": (kl.sum(), rows),
+        "length": (tokens, rows),
+        "ended": (rollout.ended.sum(), rows),
+        # The sampled estimate, in nats per token.
+        "entropy": (-experience.logprobs.sum(), tokens),
+        "value": ((experience.values * mask).sum(), tokens),
+        "return": (experience.returns.sum(), tokens),
+    }
+
+
+def pace(
+    rollout: Rollout, costs: tuple[Cost, Cost, Cost | None], settings: Settings, seconds: float
+) -> dict[str, float]:
+    """What a step does in a second; all ranks have to call it.
+
+    Args:
+        rollout: this rank's.
+        costs: of actor, critic and reward model.
+        settings: all of them.
+        seconds: that the whole step took.
+    """
+    answers = rollout.lengths
+    prompts = rollout.attention_mask.sum(-1) - answers
+    operations = flops.of_step(prompts, answers, *costs, settings.ppo.epochs)
+    counted = torch.stack([(prompts + answers).sum().to(operations), operations])
+    tokens, operations = summed(counted).tolist()
+    return {
+        "samples_per_second": settings.gbs / seconds,
+        "tokens_per_second": tokens / seconds,
+        "tflops_per_device": operations / settings.world_size / 1e12 / seconds,
+    }
+
+
+def explained_variance(experience: Experience) -> float:
+    """Of the returns by the critic's values before the update, 1 at best; all ranks have to ask."""
+    both = torch.stack([experience.returns, experience.returns - experience.values])
+    _, (returns, errors) = moments(both, experience.answer_mask)
+    return 1 - float(errors / returns) if returns else 0.0
+
+
+def learning_rates(actor: Any, critic: Any) -> dict[str, float]:
+    """Learning rates of the coming update, those of adapters apart."""
+    rates = {}
+    for role, trained in (("actor", actor), ("critic", critic)):
+        for group in trained.optimizer.param_groups:
+            kind = "lora_learning_rate" if group["name"] == "lora" else "learning_rate"
+            rates[f"{role}_{kind}"] = group["lr"]
+    return rates
+
+
+def gradient_norms(actor: Any, critic: Any) -> dict[str, float]:
+    """Gradient norms of the last update, where DeepSpeed keeps them.
+
+    It does not in fp32 without ZeRO.
+    """
+    norms = {}
+    for role, trained in (("actor", actor), ("critic", critic)):
+        if (norm := trained.get_global_grad_norm()) is not None:
+            norms[f"{role}_gradient_norm"] = float(norm)
+    return norms
+
+
+def samples(rollout: Rollout, experience: Experience, tokenizer: Any) -> list[dict[str, Any]]:
+    """The first row of this rank's rollout."""
+    # Picked out on the CPU: elsewhere, each length would be a shape to compile.
+    tokens, mask = rollout.sequences[0].cpu(), rollout.attention_mask[0].bool().cpu()
+    width = len(tokens) - rollout.answer_width
+    prompt, answer = tokens[:width][mask[:width]], tokens[width:][mask[width:]]
+    return [
+        {
+            "prompt": tokenizer.decode(prompt),
+            "answer": tokenizer.decode(answer),
+            "score": experience.scores[0].item(),
+        }
+    ]
