@@ -55,13 +55,19 @@ def test_what_stands_in_padding_spoils_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    ("stage", "offload"), [(stage, False) for stage in range(4)] + [(s, True) for s in (1, 2, 3)]
+)
 def test_a_gradient_that_is_not_finite_moves_nothing(
-    tmp_path: Path, stage: int, dtype: str
+    tmp_path: Path, stage: int, offload: bool, dtype: str
 ) -> None:
     """Neither weights nor the optimizer's moments nor the schedule; the next step is as ever."""
     settings = settings_with(
-        f"actor.zero_stage={stage}", f"critic.zero_stage={stage}", f"dtype={dtype}", "mbs=2"
+        f"actor.zero_stage={stage}",
+        f"critic.zero_stage={stage}",
+        f"dtype={dtype}",
+        "mbs=2",
+        f"optimizer.offload={offload}",
     )
     cpu = tiny.cpu(settings)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import tiny  # noqa: E402
 from tiny import EOS, PAD, one_rank  # noqa: E402, F401
 
 from hlrlhf.trainer import data, engine, experience, models  # noqa: E402
+from hlrlhf.trainer.ema import Average  # noqa: E402
 from hlrlhf.trainer.pretraining import Mix  # noqa: E402
 from hlrlhf.trainer.rewards import Rewards  # noqa: E402
 from hlrlhf.trainer.update import update  # noqa: E402
@@ -195,3 +199,31 @@ def test_what_an_update_tells(tmp_path: Path) -> None:
     assert told["actor_loss"] == pytest.approx(float(torch.maximum(free, held).mean()), rel=1e-4)
     assert told["clip_fraction"] == pytest.approx(float((held > free).float().mean()))
     assert told["pretraining_loss"] == pytest.approx(-float(texts.mean()), rel=1e-4)
+
+
+def test_an_average_takes_in_each_step_that_was_taken(tmp_path: Path) -> None:
+    settings = settings_with("mbs=2", "ppo.epochs=2", "ppo.minibatches=2")
+    cpu = tiny.cpu(settings)
+    actor, critic = (
+        engine.trained(model, own, settings, cpu, updates=10)
+        for model, own in zip(load(tmp_path), (settings.actor, settings.critic), strict=True)
+    )
+    taken = []
+
+    class Recorded(Average):
+        def update(self) -> None:
+            taken.append(engine.whole_weights(actor)["lm.lm_head.weight"])
+
+    found = made(settings)
+    average = Recorded(actor, 0.5)
+    _, whole = update(found, actor, critic, None, settings, cpu, average)
+    assert whole
+    assert len(taken) == 4
+    assert all(not one.equal(next_) for one, next_ in itertools.pairwise(taken))
+    taken.clear()
+
+    spoiled = found.advantages.index_fill(0, torch.tensor([3]), math.inf)
+    spoiled = dataclasses.replace(found, advantages=spoiled)
+    _, whole = update(spoiled, actor, critic, None, settings, cpu, average)
+    assert not whole
+    assert len(taken) == 2, "the first half of the rows, twice"
