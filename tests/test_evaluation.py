@@ -14,7 +14,7 @@ import tiny  # noqa: E402
 from ranks import Run, prepare, read_lines, train  # noqa: E402
 from tiny import EOS, PAD, one_rank  # noqa: E402, F401
 
-from hlrlhf.trainer import models, rollout  # noqa: E402
+from hlrlhf.trainer import frozen, lora, models, rollout  # noqa: E402
 from hlrlhf.trainer.evaluation import Evaluation  # noqa: E402
 
 PROMPTS = [[1, 5, 6, 7, 8, 9], [1, 30], [1, 11, 12], [1, 4], [1, 40, 41]]
@@ -70,6 +70,10 @@ def policy(folder: str) -> models.Policy:
     return models.load_policy(folder, "fp32", 0.3)
 
 
+def reference(folder: str) -> frozen.Copy:
+    return frozen.Copy(policy(folder).eval())
+
+
 def moved(module: models.Policy) -> models.Policy:
     """As after some updates."""
     torch.manual_seed(8)
@@ -82,23 +86,23 @@ def moved(module: models.Policy) -> models.Policy:
 @pytest.mark.usefixtures("one_rank")
 def test_the_numbers_by_plain_models(folder: str) -> None:
     tokenizer = tiny.tokenizer()
-    actor, reference = policy(folder), policy(folder).eval()
+    actor, plain = policy(folder), policy(folder).eval()
     # Three rollouts, the last of one row.
     evaluate = evaluation("gbs=2", "mbs=1")
     first, scores = Scores(), Scores()
 
-    start, before = evaluate(tiny.Engine(actor), reference, first)
+    start, before = evaluate(tiny.Engine(actor), frozen.Copy(plain), first)
     moved(actor)
-    found, records = evaluate(tiny.Engine(actor), reference, scores)
+    found, records = evaluate(tiny.Engine(actor), frozen.Copy(plain), scores)
 
     assert [len(made.sequences) for made in scores.seen] == [2, 2, 1]
     assert [prompt for prompt, _ in scores.rows()] == PROMPTS
     actor.eval()
     for numbers, shown, kept, module in (
-        (start, before, first.rows(), reference),
+        (start, before, first.rows(), plain),
         (found, records, scores.rows(), actor),
     ):
-        kl = [logprob(module, *row) - logprob(reference, *row) for row in kept]
+        kl = [logprob(module, *row) - logprob(plain, *row) for row in kept]
         sums = [sum(answer) for _, answer in kept]
         assert numbers["evaluation_kl"] == pytest.approx(sum(kl) / 5, abs=1e-3)
         assert numbers["evaluation_reward"] == pytest.approx(sum(sums) / 5)
@@ -121,16 +125,35 @@ def test_the_numbers_by_plain_models(folder: str) -> None:
 
 
 @pytest.mark.usefixtures("one_rank")
+def test_a_reference_that_is_the_actor_without_its_adapters(folder: str) -> None:
+    def adapted() -> tiny.Engine:
+        """The same each time; the base has moved too, so that the two differ by adapters alone."""
+        torch.manual_seed(7)
+        actor = policy(folder)
+        lora.add_adapters(actor, tiny.settings("lora.dim=2", "only_optimize_lora=true"))
+        return tiny.Engine(moved(actor))
+
+    plain = models.Policy(adapted().module.lm.unload()).eval()
+    actor = adapted()
+
+    found, _ = evaluation()(actor, frozen.WithoutAdapters(actor), Scores())
+
+    expected, _ = evaluation()(adapted(), frozen.Copy(plain), Scores())
+    assert found["evaluation_kl"] == pytest.approx(expected["evaluation_kl"], abs=1e-4)
+    assert abs(found["evaluation_kl"]) > 0.01
+
+
+@pytest.mark.usefixtures("one_rank")
 def test_the_same_random_numbers_each_time_and_none_taken_from_the_run(folder: str) -> None:
     actor = tiny.Engine(policy(folder))
     evaluate = evaluation()
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
-    runs = [evaluate(actor, policy(folder).eval(), Scores()) for _ in range(2)]
+    runs = [evaluate(actor, reference(folder), Scores()) for _ in range(2)]
     assert torch.rand(4).equal(expected)
     assert runs[0] == runs[1]
-    other = evaluation("seed=2")(actor, policy(folder).eval(), Scores())
+    other = evaluation("seed=2")(actor, reference(folder), Scores())
     assert other[1] != runs[0][1]
 
 

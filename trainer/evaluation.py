@@ -19,6 +19,7 @@ from hlrlhf.settings import Settings
 from hlrlhf.trainer import rollout as rollouts
 from hlrlhf.trainer.device import Device
 from hlrlhf.trainer.engine import summed
+from hlrlhf.trainer.frozen import Copy
 from hlrlhf.trainer.rollout import Rollout, Sampling
 
 
@@ -69,7 +70,7 @@ class Evaluation:
         return interval > 0 and (step == total_steps or step % interval == 0)
 
     def __call__(
-        self, actor: Any, reference: Any, scores: Callable[[Rollout], Tensor]
+        self, actor: Any, reference: Copy, scores: Callable[[Rollout], Tensor]
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Sample an answer to every prompt and score it; all ranks have to call it.
 
@@ -79,7 +80,7 @@ class Evaluation:
 
         Args:
             actor: the engine around the policy.
-            reference: an engine or module.
+            reference: the policy that training started from.
             scores: gives a rollout's scores, [b].
 
         Returns:
@@ -110,7 +111,7 @@ class Evaluation:
         return means, records
 
     @torch.no_grad()
-    def _answer(self, actor: Any, reference: Any, scores: Callable[[Rollout], Tensor]) -> Answers:
+    def _answer(self, actor: Any, reference: Copy, scores: Callable[[Rollout], Tensor]) -> Answers:
         settings, device, rank = self._settings, self._device, dist.get_rank()
         # Every rank takes as many rows, so that no forward of a partitioned model is one rank's
         # alone; where there are not enough prompts, the first come again and are left out below.
@@ -143,20 +144,24 @@ class Evaluation:
             ],
         )
 
-    def _kl(self, rollout: Rollout, actor: Any, reference: Any) -> Tensor:
+    def _kl(self, rollout: Rollout, actor: Any, reference: Copy) -> Tensor:
         """[b], the sampled estimate of the KL to the reference, in nats per answer."""
         actor.module.eval()
-        mbs, width = self._settings.mbs, rollout.answer_width
+        own = self._logprobs(actor, rollout)
+        # Apart: the reference may be the actor itself, with its adapters off.
+        with reference.ready():
+            before = self._logprobs(reference, rollout)
+        return torch.where(rollout.answer_mask, own - before, 0).sum(-1)
+
+    def _logprobs(self, policy: Any, rollout: Rollout) -> Tensor:
+        """[b, r], of the answers."""
         temperature = self._settings.generation.temperature
         parts = []
-        for sequences, attended, mask in zip(
-            torch.split(rollout.sequences, mbs),
-            torch.split(rollout.attention_mask, mbs),
-            torch.split(rollout.answer_mask, mbs),
+        for sequences, attended in zip(
+            torch.split(rollout.sequences, self._settings.mbs),
+            torch.split(rollout.attention_mask, self._settings.mbs),
             strict=True,
         ):
-            logprobs = actor(sequences, attended, width, temperature)
-            ratio = logprobs - reference(sequences, attended, width, temperature)
-            parts.append(torch.where(mask, ratio, 0).sum(-1))
+            parts.append(policy(sequences, attended, rollout.answer_width, temperature))
             self._device.step_done()
         return torch.cat(parts)

@@ -141,13 +141,17 @@ class Recorder:
 
     def _numbers(self, step: int, values: dict[str, float], **more: float) -> None:
         head = {"step": step, "total_steps": self._total, "attempt": self._attempt}
-        said = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._append(self._metrics, head | said | more)
+        self._append(self._metrics, head | values | more)
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
     @staticmethod
     def _append(stream: Any, record: dict[str, Any]) -> None:
+        # JSON has no word for what is no number.
+        said = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in record.items()
+        }
         # One write per record, at once: whoever reads meanwhile sees whole lines.
-        stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+        stream.write(json.dumps(said, ensure_ascii=False, allow_nan=False) + "\n")
         stream.flush()
