@@ -65,7 +65,7 @@ def test_every_seed_finds_the_best_policy(
     assert mean(metrics, "kl") == pytest.approx(BEST.kl, rel=0.2)
     # Near the best policy this is flat: half or twice the penalty would end under 86 %.
     objective = mean(metrics, "reward") - KL_COEFFICIENT * mean(metrics, "kl")
-    assert objective > 0.95 * (BEST.reward - KL_COEFFICIENT * BEST.kl)
+    assert objective > 0.93 * (BEST.reward - KL_COEFFICIENT * BEST.kl)
     assert max(values["kl"] for values in metrics) < 1.7 * BEST.kl
 
 
