@@ -12,6 +12,7 @@ import os
 import pickle
 import runpy
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -128,7 +129,7 @@ def running(
 
     Each calls `what` with the directory: a function of a module's own, by default the trainer.
     """
-    with rendezvous_port(29500, keep=False, seed=os.getpid()) as free:
+    with rendezvous_port(29500, keep=False, seed=threading.get_native_id()) as free:
         processes = []
         for rank in range(ranks):
             own = variables(rank, ranks, port or free) | environ
@@ -163,7 +164,7 @@ def train(directory: Path, ranks: int = 1, port: int | None = None, **environ: s
 def together(ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """What a function of a test module returns on each of several ranks that have met."""
     results = _processes.Queue()
-    with rendezvous_port(29500, keep=False, seed=os.getpid()) as port:
+    with rendezvous_port(29500, keep=False, seed=threading.get_native_id()) as port:
         processes = [
             _processes.Process(
                 target=_call, args=(variables(rank, ranks, port), function, arguments, results)
