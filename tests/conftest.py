@@ -7,12 +7,17 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from cluster import Cluster, missing
 
 from hlrlhf import runs
 from hlrlhf.runs import Job, Run
 from hlrlhf.slurm import client
+
+# No test has a time limit for an example: machines are slow at times, and first calls always.
+hypothesis.settings.register_profile("untimed", hypothesis.settings(), deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(autouse=True)

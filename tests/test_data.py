@@ -363,7 +363,7 @@ def test_the_held_out_prompts_of_a_run(tmp_path: Path, tokenizer: Any) -> None:
 # 6. The order of a run.
 
 
-@hypothesis.settings(deadline=None, max_examples=60)
+@hypothesis.settings(max_examples=60)
 @hypothesis.given(st.integers(1, 20), st.integers(1, 9), st.integers(0, 2**31))
 def test_each_pass_takes_every_prompt_once(count: int, size: int, seed: int) -> None:
     prompts = data.Prompts([[i] for i in range(count)], seed)

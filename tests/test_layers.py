@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from mandatory import MANDATORY
 
@@ -394,7 +393,6 @@ def test_stop_strings_may_hold_newlines(tmp_path: Path, given: str) -> None:
     assert '  stop: ["\\n\\nHuman:", "</s>"]  # environment HL_GENERATION_STOP' in lines
 
 
-@hypothesis_settings(deadline=None)
 @given(st.lists(st.text(min_size=1), max_size=3))
 def test_any_stop_strings_survive_the_file(
     tmp_path_factory: pytest.TempPathFactory, strings: list[str]

@@ -18,8 +18,8 @@ Rows = list[list[float]]
 
 
 def given(*strategies: Any) -> Any:
-    """Hypothesis, without a deadline: the first call of a kernel is slow."""
-    few = hypothesis.settings(deadline=None, max_examples=50)
+    """Hypothesis, with fewer examples than usual."""
+    few = hypothesis.settings(max_examples=50)
     return lambda test: few(hypothesis.given(*strategies)(test))
 
 

@@ -116,7 +116,7 @@ def test_answers_are_widened_to_a_multiple() -> None:
     assert found.attention_mask.tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 0, 0]]
 
 
-@hypothesis_settings(deadline=None, max_examples=100)
+@hypothesis_settings(max_examples=100)
 @given(
     st.lists(st.lists(st.integers(0, 5), min_size=6, max_size=6), min_size=1, max_size=4),
     st.sets(st.integers(0, 5), min_size=1, max_size=3),

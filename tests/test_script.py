@@ -373,9 +373,7 @@ def hostile_examples(test: Callable[..., None]) -> Callable[..., None]:
 
 @hostile_examples
 @given(names)
-@hypothesis_settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@hypothesis_settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_bash_takes_every_value_as_it_is(
     run_script: Run, tmp_path_factory: pytest.TempPathFactory, text: str
 ) -> None:
@@ -401,9 +399,7 @@ def test_bash_takes_every_value_as_it_is(
 
 @hostile_examples
 @given(names)
-@hypothesis_settings(
-    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@hypothesis_settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @pytest.mark.parametrize("container", ["apptainer", "docker", "pyxis"])
 def test_containers_get_every_value_as_it_is(
     run_script: Run,

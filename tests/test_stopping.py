@@ -70,7 +70,7 @@ ALPHABET = [*tokens("é"), *tokens("\n"), *tokens("a"), *tokens(" the"), *tokens
 STRINGS = ["\n\na", "é", " the", "aa", "he\n", "aéa"]
 
 
-@hypothesis_settings(deadline=None, max_examples=300)
+@hypothesis_settings(max_examples=300)
 @given(
     st.integers(1, 12).flatmap(
         lambda n: st.lists(
