@@ -181,7 +181,7 @@ def test_evaluations_have_a_line_per_prompt_and_step_0_has_metrics_of_its_own(
     recorder = Recorder(tmp_path, tmp_path / "tensorboard", 1)
     answers = [{"prompt": "p", "answer": "a", "score": 0.5}, {"prompt": "q"}]
     recorder.evaluation(0, {"evaluation_reward": 0.25, "evaluation_kl": 0.0}, answers)
-    assert capsys.readouterr().out == "evaluation after 0 steps  reward 0.25  kl 0\n"
+    assert capsys.readouterr().out == "evaluation before the first step  reward 0.25  kl 0\n"
     later = {"evaluation_reward": 0.75}
     recorder.evaluation(1, later, answers[:1])
     recorder.step(values(1.0) | later)

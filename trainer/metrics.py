@@ -121,7 +121,8 @@ class Recorder:
                 self._append(stream, head | record)
         shown = {name.removeprefix("evaluation_"): f"{value:.4g}" for name, value in values.items()}
         words = "  ".join(f"{name} {value}" for name, value in shown.items())
-        tqdm.write(f"evaluation after {step} steps  {words}", file=sys.stdout)
+        when = f"after step {step}" if step else "before the first step"
+        tqdm.write(f"evaluation {when}  {words}", file=sys.stdout)
 
     def close(self) -> str:
         """Close the files; returns a sentence on how the reward moved."""
