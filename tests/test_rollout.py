@@ -381,6 +381,8 @@ def test_padded_rows_have_the_log_probs_of_unpadded_ones(stubborn: Path) -> None
 # 4. Ranks.
 
 ROLLOUTS = 50
+CHUNK = 5
+IN_CHUNKS = "in-chunks"
 
 
 def roll_out_and_update(directory: Path) -> None:
@@ -390,27 +392,36 @@ def roll_out_and_update(directory: Path) -> None:
         "actor.zero_stage=3",
         "generation.max_new_tokens=24",
         "optimizer.lr_scheduler=constant",
+        f"ppo.logprob_chunk={CHUNK if (directory / IN_CHUNKS).exists() else 0}",
     )
     rank = int(os.environ["RANK"])
     own = device.select(settings, rank)
     engine.start(own)
-    policy = models.load_policy(str(directory / "policy"), "fp32", 0.0)
+    chunk = settings.ppo.logprob_chunk
+    policy = models.load_policy(str(directory / "policy"), "fp32", 0.0, chunk)
     actor = engine.trained(policy, settings.actor, settings, own, ROLLOUTS)
     sampling = rollout.sampling(settings, None, [EOS, 3, 4, 5, 6], PAD, own)
     torch.manual_seed(rank)
-    tokens = []
+    tokens, chunks = [], []
     for _ in range(ROLLOUTS):
         found = rollout.generate(actor, PROMPTS[:2], sampling, own)
         tokens.append(int(found.lengths.max()))
+        chunks.append(math.ceil(found.answer_width / chunk) if chunk else 1)
         logprobs = actor(found.sequences, found.attention_mask, found.answer_width, 1.0)
         actor.backward(-logprobs[found.answer_mask].mean())
         actor.step()
     (directory / f"tokens-{rank}.json").write_text(json.dumps(tokens))
+    (directory / f"chunks-{rank}.json").write_text(json.dumps(chunks))
 
 
 @pytest.mark.slow
-def test_ranks_whose_answers_differ_in_length_do_not_wait_for_each_other(tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_chunks", [False, True], ids=["", "log-probs in chunks"])
+def test_ranks_whose_answers_differ_in_length_do_not_wait_for_each_other(
+    tmp_path: Path, in_chunks: bool
+) -> None:
     tiny.save_policy(tmp_path / "policy", "llama", initializer_range=0.1)
+    if in_chunks:
+        (tmp_path / IN_CHUNKS).touch()
 
     with running(tmp_path, 2, what=roll_out_and_update) as processes:
         run = finish(tmp_path, processes)
@@ -420,3 +431,6 @@ def test_ranks_whose_answers_differ_in_length_do_not_wait_for_each_other(tmp_pat
     assert len(first) == len(second) == ROLLOUTS
     assert sum(one != other for one, other in zip(first, second, strict=True)) > ROLLOUTS / 2
     assert len({*first, *second}) > 10
+    # DeepSpeed holds a head as small as this one whole; a larger one it gathers for each chunk.
+    chunks = [json.loads((tmp_path / f"chunks-{rank}.json").read_text()) for rank in (0, 1)]
+    assert chunks[0] == chunks[1]

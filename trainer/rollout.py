@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import GenerationConfig, StoppingCriteriaList
@@ -124,8 +125,22 @@ def generate(actor: Any, prompts: list[list[int]], sampling: Sampling, device: D
         )
     actor.train()
     device.step_done()
+    if policy.logprob_chunk and actor.zero_optimization_stage() == 3:
+        sequences = _as_long_as_any(sequences, ids.shape[1], config.pad_token_id)
     ends = torch.tensor(stops.ends, device=device.torch) if stops else None
     return from_sequences(sequences, mask.to(device.torch), config, device.pad_to, ends)
+
+
+def _as_long_as_any(sequences: Tensor, prompt_width: int, padding: int) -> Tensor:
+    """Answers padded to the longest of all ranks, which all have to call it.
+
+    ZeRO-3 gathers the head for each chunk of log-probs: ranks with other numbers of chunks would
+    wait for each other for ever. A rank whose answers are not the longest has ended all of them.
+    """
+    generated = sequences.shape[1] - prompt_width
+    longest = torch.tensor(generated, device=sequences.device)
+    dist.all_reduce(longest, dist.ReduceOp.MAX)
+    return pad(sequences, (0, int(longest) - generated), value=padding)
 
 
 def from_sequences(
