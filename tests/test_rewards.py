@@ -156,6 +156,22 @@ def test_the_critics_checkpoint_cannot_have_tokens_of_its_own(foreign: dict[str,
         loaded({"critic": foreign["reward"]})
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["reward.model_weight=0", "reward.function=math:fsum"],
+        ["reward.model_path={critic}", "reward.own_tokenizer=1"],
+        ["reward.model_path={reward}"],
+    ],
+    ids=["a function scores", "it scores text", "another model scores"],
+)
+def test_nor_where_it_does_not_score(foreign: dict[str, Path], flags: list[str]) -> None:
+    """The critic reads the actor's tokens, whatever scores."""
+    turned = {"critic": foreign["reward"], "reward": foreign["critic"]}
+    with pytest.raises(TrainerError, match=r"the critic's tokenizer .*set HL_CRITIC_MODEL_PATH to"):
+        loaded(turned, *(flag.format(**turned) for flag in flags))
+
+
 def test_the_same_tokenizer_beside_the_model_is_no_trouble(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:

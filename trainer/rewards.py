@@ -129,11 +129,18 @@ def check_rewards(settings: Settings, tokenizer: Any) -> None:
         tokenizer: the actor's.
 
     Raises:
-        TrainerError: the function cannot be imported, or the reward model's tokenizer is not the
-            actor's while answers are not encoded again.
+        TrainerError: the function cannot be imported; the critic's tokenizer is not the actor's; or
+            the reward model's is not, while answers are not encoded again.
     """
     if settings.reward.function is not None:
         imported(settings.reward.function)
+    path = settings.critic.model_path
+    if _foreign(models.held_tokenizer(path), tokenizer):
+        raise TrainerError(
+            f"{path}: the critic's tokenizer is not the actor's, whose tokens it reads; set "
+            "HL_CRITIC_MODEL_PATH to a model that shares it. As a reward model this one can serve: "
+            f"HL_REWARD_OWN_TOKENIZER=1 and HL_REWARD_MODEL_PATH={path}"
+        )
     if settings.reward.model_weight:
         _own_tokenizer(settings, tokenizer)
 
@@ -175,9 +182,12 @@ def _of_all_ranks(values: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def _one_extends_the_other(one: dict[str, int], other: dict[str, int]) -> bool:
-    """Whether two vocabularies are the same but for tokens that one has more, such as padding."""
-    return one.items() <= other.items() or other.items() <= one.items()
+def _foreign(held: Any | None, tokenizer: Any) -> bool:
+    """Whether a model's tokenizer, if it has one, differs by more than tokens that one has more."""
+    if held is None:
+        return False
+    one, other = held.get_vocab().items(), tokenizer.get_vocab().items()
+    return not (one <= other or other <= one)
 
 
 def _own_tokenizer(settings: Settings, tokenizer: Any) -> Any | None:
@@ -191,7 +201,7 @@ def _own_tokenizer(settings: Settings, tokenizer: Any) -> Any | None:
                 "one there, or set HL_REWARD_OWN_TOKENIZER=0 if the model shares the actor's"
             )
         return held
-    if held is not None and not _one_extends_the_other(held.get_vocab(), tokenizer.get_vocab()):
+    if _foreign(held, tokenizer):
         raise TrainerError(
             f"{path}: the reward model's tokenizer is not the actor's; set "
             f"HL_REWARD_OWN_TOKENIZER=1 and HL_REWARD_MODEL_PATH={path} to decode answers and "
