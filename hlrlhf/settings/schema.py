@@ -169,7 +169,8 @@ class Reward(Group):
     clip: Rate = Field(5.0, description="Scores are clipped to plus and minus this value.")
     missing_eos_penalty: NonNegative = Field(
         0.0,
-        description="Subtracted from the clipped score of an answer without an end token.",
+        description="Subtracted from the clipped score of an answer that neither an end token nor "
+        "a stop string ended.",
     )
 
 
