@@ -13,7 +13,7 @@ import tiny  # noqa: E402
 from tiny import one_rank  # noqa: E402, F401
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-from hlrlhf.trainer import engine, flops, lora, models  # noqa: E402
+from hlrlhf.trainer import engine, flops, lora, measures, models  # noqa: E402
 
 PROMPT, ANSWER = 9, 6
 architectures = pytest.mark.parametrize("architecture", tiny.WITH_POSITIONS)
@@ -102,3 +102,33 @@ def test_without_a_reward_model_a_step_costs_less() -> None:
     both = [flops.of_step(one, one, model, model, reward, 1) for reward in (model, None)]
 
     assert float(both[0] - both[1]) == 2 * 100 * 2
+
+
+def test_texts_cost_what_torch_counts(tmp_path: Path) -> None:
+    policy, _ = load(tmp_path, "llama")
+    tokens = torch.randint(3, tiny.VOCABULARY, (3, 20))
+    with FlopCounterMode(display=False) as counter:
+        policy(tokens, torch.ones_like(tokens), 19, 1.0).sum().backward()
+
+    # The eager model computes all pairs, and one column of logits too many.
+    found = float(flops.of_texts(3, 20, flops.cost(policy)))
+    assert found == pytest.approx(counter.get_total_flops(), rel=0.15)
+    assert found < counter.get_total_flops()
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_step_counts_the_texts_beside_its_answers(tmp_path: Path) -> None:
+    model = flops.cost(load(tmp_path, "llama")[0])
+    answered = tiny.rolled_out([[1, 5], [1, 6, 7]], [[8, 9, tiny.EOS], [8, tiny.EOS]])
+    flags = ("gbs=4", "ppo.epochs=2", "pretraining.max_tokens=20")
+
+    plain, mixed = (
+        measures.pace(answered, (model, model, None), tiny.settings(*flags, *more), seconds=2)
+        for more in ((), ("pretraining.path=/texts",))
+    )
+
+    assert plain["tokens_per_second"] == mixed["tokens_per_second"] == 10 / 2
+    assert plain["samples_per_second"] == 4 / 2
+    texts = float(flops.of_texts(8, 20, model)) / 2 / 1e12
+    more = mixed["tflops_per_device"] - plain["tflops_per_device"]
+    assert more == pytest.approx(texts, rel=1e-5)

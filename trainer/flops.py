@@ -108,3 +108,18 @@ def of_step(
     for model in (actor, critic):
         total = total + epochs * model.training(tokens, pairs, logits)
     return total
+
+
+def of_texts(rows: int, width: int, actor: Cost) -> Tensor:
+    """Operations of a language-modelling loss on rows of text, with its backward pass.
+
+    Args:
+        rows: that the actor learns from.
+        width: tokens in each.
+        actor: trained.
+
+    Returns:
+        A scalar, float.
+    """
+    tokens, pairs, logits = torch.tensor([width, width * (width + 1) / 2, width - 1]) * rows
+    return actor.training(tokens, pairs, logits)

@@ -68,6 +68,10 @@ def pace(
     operations = flops.of_step(prompts, answers, *costs, settings.ppo.epochs)
     counted = torch.stack([(prompts + answers).sum().to(operations), operations])
     tokens, operations = summed(counted).tolist()
+    if settings.pretraining.path is not None:
+        # A row of text goes with each answer that an optimizer step learns from.
+        rows = settings.ppo.epochs * settings.gbs
+        operations += flops.of_texts(rows, settings.pretraining.max_tokens, costs[0]).item()
     return {
         "samples_per_second": settings.gbs / seconds,
         "tokens_per_second": tokens / seconds,
