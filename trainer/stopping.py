@@ -52,7 +52,8 @@ class StopStrings:
         last = written - self._prompt_width - 1
         if last + 1 >= self._shortest:
             begin = max(self._prompt_width, written - self._window)
-            for row, tokens in enumerate(input_ids[:, begin:written].tolist()):
+            # Picked out on the CPU: elsewhere, each place would be an operation to compile.
+            for row, tokens in enumerate(input_ids.cpu()[:, begin:written].tolist()):
                 if self.ends[row] < 0 and self._completed(tokens):
                     self.ends[row] = last
         ended = [end >= 0 for end in self.ends]

@@ -240,7 +240,8 @@ class Generation(Group):
     )
     min_new_tokens: Count = Field(
         0,
-        description="Shortest answer: no end token or stop string ends one before.",
+        description="Shortest answer: no end token or stop string ends one before. Log-probs are "
+        "those of the whole policy.",
         json_schema_extra=unit("tokens"),
     )
     stop: list[StopString] = Field(
