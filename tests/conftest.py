@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,10 @@ from cluster import Cluster, missing
 from hlrlhf import runs
 from hlrlhf.runs import Job, Run
 from hlrlhf.slurm import client
+
+# Who starts the tests in the background of a shell has this signal ignored, and with it all
+# processes of the tests, some of which are to be interrupted.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No test has a time limit for an example: machines are slow at times, and first calls always.
 hypothesis.settings.register_profile("untimed", hypothesis.settings(), deadline=None)

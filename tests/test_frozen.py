@@ -287,7 +287,10 @@ def test_a_reference_in_host_memory_comes_for_a_whole_rollout(make: Callable[...
 
     found = scored(case, actor, critic, reference, reward)
 
-    assert found.reference.equal(torch.where(found.answer_mask, says(plain), 0))
+    # Batches of another size are multiplied in another order where there are several threads.
+    torch.testing.assert_close(
+        found.reference, torch.where(found.answer_mask, says(plain), 0), rtol=1e-5, atol=1e-5
+    )
     assert model.calls == ["cpu", "forward", "forward", "host"]
     model.calls.clear()
     assert answers(reference, case) == answers(plain, case)

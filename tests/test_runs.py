@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -45,7 +46,9 @@ def _make(base: Path) -> str:
 
 
 def test_runs_made_at_the_same_time_get_names_of_their_own(tmp_path: Path) -> None:
-    with ProcessPoolExecutor(4) as pool:
+    # Not forks of this process, which the tests before may have made a large one.
+    apart = multiprocessing.get_context("forkserver")
+    with ProcessPoolExecutor(4, apart) as pool:
         names = list(pool.map(_make, [tmp_path / "a", tmp_path / "b"] * 6))
     assert sorted(names) == sorted(["run", *(f"run-{n}" for n in range(2, 13))])
 
