@@ -112,28 +112,19 @@ def variables(rank: int, ranks: int, port: int) -> dict[str, str]:
     }
 
 
-def _trainer(directory: Path) -> None:
-    sys.argv[1:] = [str(directory)]
-    runpy.run_module("hlrlhf.trainer", run_name="__main__", alter_sys=True)
-
-
 @contextmanager
 def running(
     directory: Path,
     ranks: int = 1,
     port: int | None = None,
-    what: Callable[[Path], None] = _trainer,
     **environ: str,
 ) -> Iterator[list[Any]]:
-    """The processes of a run while it goes on; leaving the context ends those that still do.
-
-    Each calls `what` with the directory: a function of a module's own, by default the trainer.
-    """
+    """The processes of a run while it goes on; leaving the context ends those that still do."""
     with rendezvous_port(29500, keep=False, seed=threading.get_native_id()) as free:
         processes = []
         for rank in range(ranks):
             own = variables(rank, ranks, port or free) | environ
-            target = (what, directory, own, str(_log(directory, rank)))
+            target = (directory, own, str(_log(directory, rank)))
             processes.append(_processes.Process(target=_rank, args=target))
         try:
             for process in processes:
@@ -209,7 +200,7 @@ def _log(directory: Path, rank: int) -> Path:
     return directory / f"rank-{rank}.log"
 
 
-def _rank(what: Callable[[Path], None], directory: Path, environ: dict[str, str], log: str) -> None:
+def _rank(directory: Path, environ: dict[str, str], log: str) -> None:
     os.environ.update(environ)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
@@ -221,4 +212,5 @@ def _rank(what: Callable[[Path], None], directory: Path, environ: dict[str, str]
     import torch
 
     torch.set_num_threads(1)
-    what(directory)
+    sys.argv[1:] = [str(directory)]
+    runpy.run_module("hlrlhf.trainer", run_name="__main__", alter_sys=True)

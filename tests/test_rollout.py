@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,15 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import tiny  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 from hypothesis import given  # noqa: E402
 from hypothesis import settings as hypothesis_settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
-from ranks import finish, running  # noqa: E402
+from ranks import together  # noqa: E402
 from tiny import EOS, PAD  # noqa: E402
 from transformers import AutoModelForCausalLM, GenerationConfig  # noqa: E402
 
-from hlrlhf.trainer import device, engine, lora, models, rollout  # noqa: E402
+from hlrlhf.trainer import engine, lora, models, rollout  # noqa: E402
 
 PROMPTS = [[1, 5, 6, 7, 8, 9], [1, 30], [1, 11, 12]]
 
@@ -381,27 +381,25 @@ def test_padded_rows_have_the_log_probs_of_unpadded_ones(stubborn: Path) -> None
 # 4. Ranks.
 
 ROLLOUTS = 50
-CHUNK = 5
-IN_CHUNKS = "in-chunks"
 
 
-def roll_out_and_update(directory: Path) -> None:
-    """One of two ranks under ZeRO-3: rollouts of random lengths, each with an update after it."""
+def roll_out_and_update(folder: Path, chunk: int) -> tuple[list[int], list[int]]:
+    """One of two ranks under ZeRO-3: rollouts of random lengths, each with an update after it.
+
+    Returns the longest answer of each rollout, and the chunks that its log-probs were computed in.
+    """
     settings = tiny.settings(
         "devices_per_node=2",
         "actor.zero_stage=3",
         "generation.max_new_tokens=24",
         "optimizer.lr_scheduler=constant",
-        f"ppo.logprob_chunk={CHUNK if (directory / IN_CHUNKS).exists() else 0}",
+        f"ppo.logprob_chunk={chunk}",
     )
-    rank = int(os.environ["RANK"])
-    own = device.select(settings, rank)
-    engine.start(own)
-    chunk = settings.ppo.logprob_chunk
-    policy = models.load_policy(str(directory / "policy"), "fp32", 0.0, chunk)
+    own = tiny.cpu(settings)
+    policy = models.load_policy(str(folder), "fp32", 0.0, chunk)
     actor = engine.trained(policy, settings.actor, settings, own, ROLLOUTS)
     sampling = rollout.sampling(settings, None, [EOS, 3, 4, 5, 6], PAD, own)
-    torch.manual_seed(rank)
+    torch.manual_seed(dist.get_rank())
     tokens, chunks = [], []
     for _ in range(ROLLOUTS):
         found = rollout.generate(actor, PROMPTS[:2], sampling, own)
@@ -410,27 +408,20 @@ def roll_out_and_update(directory: Path) -> None:
         logprobs = actor(found.sequences, found.attention_mask, found.answer_width, 1.0)
         actor.backward(-logprobs[found.answer_mask].mean())
         actor.step()
-    (directory / f"tokens-{rank}.json").write_text(json.dumps(tokens))
-    (directory / f"chunks-{rank}.json").write_text(json.dumps(chunks))
+    return tokens, chunks
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("in_chunks", [False, True], ids=["", "log-probs in chunks"])
+@pytest.mark.parametrize("chunk", [0, 5])
 def test_ranks_whose_answers_differ_in_length_do_not_wait_for_each_other(
-    tmp_path: Path, in_chunks: bool
+    tmp_path: Path, chunk: int
 ) -> None:
-    tiny.save_policy(tmp_path / "policy", "llama", initializer_range=0.1)
-    if in_chunks:
-        (tmp_path / IN_CHUNKS).touch()
+    folder = tiny.save_policy(tmp_path, "llama", initializer_range=0.1)
 
-    with running(tmp_path, 2, what=roll_out_and_update) as processes:
-        run = finish(tmp_path, processes)
+    (first, first_chunks), (second, second_chunks) = together(2, roll_out_and_update, folder, chunk)
 
-    assert run.codes == [0, 0], run.output
-    first, second = (json.loads((tmp_path / f"tokens-{rank}.json").read_text()) for rank in (0, 1))
     assert len(first) == len(second) == ROLLOUTS
     assert sum(one != other for one, other in zip(first, second, strict=True)) > ROLLOUTS / 2
     assert len({*first, *second}) > 10
     # DeepSpeed holds a head as small as this one whole; a larger one it gathers for each chunk.
-    chunks = [json.loads((tmp_path / f"chunks-{rank}.json").read_text()) for rank in (0, 1)]
-    assert chunks[0] == chunks[1]
+    assert first_chunks == second_chunks
