@@ -122,6 +122,18 @@ def loss_of(model: Any, rows: list[list[int]]) -> Any:
 
 
 @pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_gradients_get_as_much_room_as_they_need(tmp_path: Path, zero_stage: int) -> None:
+    settings = tiny.settings(f"actor.zero_stage={zero_stage}")
+    model = policy(tmp_path)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+
+    trained = engine.trained(model, settings.actor, settings, tiny.cpu(settings), 10)
+
+    assert trained.optimizer.reduce_bucket_size == weights
+
+
+@pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_updates_are_those_of_plain_adamw(tmp_path: Path, zero_stage: int) -> None:
     """Two steps with warm-up, clipping and decay, each accumulated over two micro batches."""

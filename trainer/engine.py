@@ -81,6 +81,9 @@ def trained(
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
+    # Allocated whole: by default 2 GB in fp32, however few gradients there are.
+    gradients = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    config["zero_optimization"]["reduce_bucket_size"] = min(500_000_000, gradients)
     if offload:
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     if settings.hpz.enabled_actor if is_actor else settings.hpz.enabled_critic:
