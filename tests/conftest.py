@@ -16,9 +16,11 @@ from hlrlhf import runs
 from hlrlhf.runs import Job, Run
 from hlrlhf.slurm import client
 
-# Who starts the tests in the background of a shell has this signal ignored, and with it all
-# processes of the tests, some of which are to be interrupted.
-signal.signal(signal.SIGINT, signal.default_int_handler)
+# In the background of a shell, or under nohup, these are ignored, and so they would be by every
+# process of the tests, some of which are to be stopped by them. Handlers are not inherited.
+for _number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, lambda *_: None)
 
 # No test has a time limit for an example: machines are slow at times, and first calls always.
 hypothesis.settings.register_profile("untimed", hypothesis.settings(), deadline=None)
