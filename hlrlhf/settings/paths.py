@@ -19,19 +19,6 @@ _OUTPUTS = {
 }
 # Read by the run: a path if it exists here or starts with ./ or ../, else a name (on the Hub, in a
 # registry, on PATH). A name on the Hub has one slash at most and no suffix of a file of data.
-_INPUTS = {
-    "actor.model_path",
-    "critic.model_path",
-    "reward.model_path",
-    "dataset.path",
-    "pretraining.path",
-    "evaluation.path",
-    "container.image",
-    "slurm.template",
-    "environment.python",
-}
-
-
 _ON_HUB = {
     "actor.model_path",
     "critic.model_path",
@@ -40,6 +27,7 @@ _ON_HUB = {
     "pretraining.path",
     "evaluation.path",
 }
+_INPUTS = _ON_HUB | {"container.image", "slurm.template", "environment.python"}
 _DATA_FILES = (".json", ".jsonl", ".parquet", ".csv")
 
 
