@@ -68,9 +68,8 @@ class ModelScores:
         """The same text in the reward model's tokens, and its mask, [b, t]: padded on the left."""
         assert self._own is not None
         end = self._own.eos_token_id
-        rows: list[list[int]] = self._own(texts(rollout, self._tokenizer))["input_ids"]
-        # Some tokenizers end every text; here an end stands where the actor put one.
-        rows = [ids[:-1] if ids and ids[-1] == end else ids for ids in rows]
+        # Without an end; here one stands where the actor put it.
+        rows = data.tokenize(texts(rollout, self._tokenizer), self._own)
         if end is not None and self._score_at == "end":
             has_end = rollout.has_end_token.tolist()
             rows = [ids + [end] * has for ids, has in zip(rows, has_end, strict=True)]
