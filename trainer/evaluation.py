@@ -19,6 +19,7 @@ from hlrlhf.settings import Settings
 from hlrlhf.trainer import rollout as rollouts
 from hlrlhf.trainer.device import Device
 from hlrlhf.trainer.engine import summed
+from hlrlhf.trainer.experience import answer_logprobs
 from hlrlhf.trainer.frozen import Copy
 from hlrlhf.trainer.rollout import Rollout, Sampling
 
@@ -147,21 +148,8 @@ class Evaluation:
     def _kl(self, rollout: Rollout, actor: Any, reference: Copy) -> Tensor:
         """[b], the sampled estimate of the KL to the reference, in nats per answer."""
         actor.module.eval()
-        own = self._logprobs(actor, rollout)
+        own = answer_logprobs(actor, rollout, self._settings, self._device)
         # Apart: the reference may be the actor itself, with its adapters off.
         with reference.ready():
-            before = self._logprobs(reference, rollout)
+            before = answer_logprobs(reference, rollout, self._settings, self._device)
         return torch.where(rollout.answer_mask, own - before, 0).sum(-1)
-
-    def _logprobs(self, policy: Any, rollout: Rollout) -> Tensor:
-        """[b, r], of the answers."""
-        temperature = self._settings.generation.temperature
-        parts = []
-        for sequences, attended in zip(
-            torch.split(rollout.sequences, self._settings.mbs),
-            torch.split(rollout.attention_mask, self._settings.mbs),
-            strict=True,
-        ):
-            parts.append(policy(sequences, attended, rollout.answer_width, temperature))
-            self._device.step_done()
-        return torch.cat(parts)

@@ -78,28 +78,49 @@ def score(
     temperature = settings.generation.temperature
     actor.module.eval()
     critic.module.eval()
-    logprobs, reference_logprobs, values = [], [], []
-    rows = (rollout.sequences, rollout.attention_mask)
-    micro_batches = list(zip(*(torch.split(part, settings.mbs) for part in rows), strict=True))
     # Apart from the others: to be ready may mean to come to the device, or to switch adapters off.
     with reference.ready():
-        for sequences, mask in micro_batches:
-            reference_logprobs.append(reference(sequences, mask, width, temperature))
-            device.step_done()
-    for sequences, mask in micro_batches:
+        reference_logprobs = answer_logprobs(reference, rollout, settings, device)
+    logprobs, values = [], []
+    for sequences, mask in _micro_batches(rollout, settings.mbs):
         logprobs.append(actor(sequences, mask, width, temperature))
         values.append(critic(sequences, mask, width)[:, :-1])
         device.step_done()
     return assemble(
         rollout,
         torch.cat(logprobs),
-        torch.cat(reference_logprobs),
+        reference_logprobs,
         torch.cat(values),
         rewards.scores(rollout),
         rewards,
         settings,
         kl_coefficient,
     )
+
+
+def answer_logprobs(policy: Any, rollout: Rollout, settings: Settings, device: Device) -> Tensor:
+    """Log-probs of a rollout's answers, micro batch by micro batch.
+
+    Args:
+        policy: an engine or see `frozen`.
+        rollout: this rank's.
+        settings: all of them.
+        device: the rank's.
+
+    Returns:
+        [b, r], fp32; padding included.
+    """
+    parts = []
+    for sequences, mask in _micro_batches(rollout, settings.mbs):
+        temperature = settings.generation.temperature
+        parts.append(policy(sequences, mask, rollout.answer_width, temperature))
+        device.step_done()
+    return torch.cat(parts)
+
+
+def _micro_batches(rollout: Rollout, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    rows = (rollout.sequences, rollout.attention_mask)
+    return zip(*(torch.split(part, size) for part in rows), strict=True)
 
 
 def assemble(
