@@ -15,7 +15,7 @@ from safetensors.torch import load_file  # noqa: E402
 from tiny import one_rank  # noqa: E402, F401
 from transformers import AutoModelForCausalLM  # noqa: E402
 
-from hlrlhf.trainer import checkpoint, ema, engine, lora, models  # noqa: E402
+from hlrlhf.trainer import checkpoint, ema, engine, loading, lora  # noqa: E402
 
 ROWS = [[1, 5, 6, 7], [1, 30, 31]]
 LORA = ("lora.dim=2", "lora.alpha=4", "lora.actor_lr=0.05")
@@ -40,7 +40,7 @@ def averaged(folder: Path, ranks: int, stage: int, flags: tuple[str, ...]) -> di
         "num_warmup_steps=0",
         *flags,
     )
-    policy = models.load_policy(str(folder / "policy"), "fp32", 0.0)
+    policy = loading.load_policy(str(folder / "policy"), "fp32", 0.0)
     torch.manual_seed(4)
     if settings.lora.dim:
         lora.add_adapters(policy, settings)
@@ -125,7 +125,7 @@ def _merged(weights: dict[str, Any]) -> dict[str, Any]:
 def test_tied_weights_are_averaged_once_and_saved_in_their_own_precision(tmp_path: Path) -> None:
     tiny.save_policy(tmp_path, "bloom")
     settings = tiny.settings("dtype=bf16", "actor.zero_stage=1")
-    policy = models.load_policy(str(tmp_path), "bf16", 0.0)
+    policy = loading.load_policy(str(tmp_path), "bf16", 0.0)
     actor = engine.trained(policy, settings.actor, settings, tiny.cpu(settings), 10)
     average = ema.Average(actor, 0.5)
     tied = ("lm.lm_head.weight", "lm.transformer.word_embeddings.weight")

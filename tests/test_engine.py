@@ -16,17 +16,17 @@ from ranks import together  # noqa: E402
 from tiny import one_rank  # noqa: E402, F401
 from torch import nn  # noqa: E402
 
-from hlrlhf.trainer import engine, lora, models  # noqa: E402
+from hlrlhf.trainer import engine, loading, lora, models  # noqa: E402
 
 ROWS = [[1, 5, 6, 7], [1, 30, 31]]
 
 
 def policy(folder: Path, architecture: str = "llama") -> models.Policy:
-    return models.load_policy(str(tiny.save_policy(folder, architecture)), "fp32", 0.0)
+    return loading.load_policy(str(tiny.save_policy(folder, architecture)), "fp32", 0.0)
 
 
 def scorer(folder: Path, architecture: str = "llama") -> models.Scorer:
-    return models.load_scorer(str(tiny.save_classifier(folder, architecture)), "fp32", 0.0)
+    return loading.load_scorer(str(tiny.save_classifier(folder, architecture)), "fp32", 0.0)
 
 
 # 1. Parameter groups.
@@ -173,7 +173,7 @@ def test_updates_are_those_of_plain_adamw(tmp_path: Path, zero_stage: int) -> No
     expected = plain.state_dict()
     found = engine.whole_weights(trained)
     assert set(found) == set(expected)
-    start = models.load_policy(str(tmp_path), "fp32", 0.0).state_dict()
+    start = loading.load_policy(str(tmp_path), "fp32", 0.0).state_dict()
     for name, value in found.items():
         assert not value.equal(start[name])
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
@@ -188,7 +188,7 @@ def test_optimizer_states_in_host_memory_change_no_weight(
     tmp_path: Path, role: str, zero_stage: int, dtype: str
 ) -> None:
     """Three steps, within 1e-6; in bf16 within its rounding."""
-    load = models.load_policy if role == "actor" else models.load_scorer
+    load = loading.load_policy if role == "actor" else loading.load_scorer
     save = tiny.save_policy if role == "actor" else tiny.save_classifier
     folder = str(save(tmp_path, "llama"))
     weights = {}
@@ -249,8 +249,8 @@ def over_two_nodes(folder: Path) -> list[tuple[dict[str, Any], list[str]]]:
             *(f"hpz.enabled_{role}=true" for role in enabled),
         )
         device = tiny.cpu(settings)
-        actor = models.load_policy(str(folder / "actor"), "fp32", 0.0)
-        critic = models.load_scorer(str(folder / "critic"), "fp32", 0.0)
+        actor = loading.load_policy(str(folder / "actor"), "fp32", 0.0)
+        critic = loading.load_scorer(str(folder / "critic"), "fp32", 0.0)
         copied = copy.deepcopy(actor)
         trained = {
             "actor": engine.trained(actor, settings.actor, settings, device, 10),

@@ -14,7 +14,7 @@ import tiny  # noqa: E402
 from ranks import Run, prepare, read_lines, train  # noqa: E402
 from tiny import EOS, PAD, one_rank  # noqa: E402, F401
 
-from hlrlhf.trainer import frozen, lora, models, rollout  # noqa: E402
+from hlrlhf.trainer import frozen, loading, lora, models, rollout  # noqa: E402
 from hlrlhf.trainer.evaluation import Evaluation  # noqa: E402
 
 PROMPTS = [[1, 5, 6, 7, 8, 9], [1, 30], [1, 11, 12], [1, 4], [1, 40, 41]]
@@ -67,7 +67,7 @@ def logprob(module: models.Policy, prompt: list[int], answer: list[int]) -> floa
 
 
 def policy(folder: str) -> models.Policy:
-    return models.load_policy(folder, "fp32", 0.3)
+    return loading.load_policy(folder, "fp32", 0.3)
 
 
 def reference(folder: str) -> frozen.Copy:

@@ -18,7 +18,7 @@ from transformers import (  # noqa: E402
     AutoModelForSequenceClassification,
 )
 
-from hlrlhf.trainer import experience, frozen, models, rollout  # noqa: E402
+from hlrlhf.trainer import experience, frozen, loading, rollout  # noqa: E402
 from hlrlhf.trainer.rewards import Rewards  # noqa: E402
 from hlrlhf.trainer.scores import ModelScores  # noqa: E402
 
@@ -43,15 +43,15 @@ class Case:
 
     def load(self) -> tuple[Any, Any, Any, Any]:
         """The four models with dropout in those that train, as a run has them."""
-        actor = models.load_policy(str(self.actor), "fp32", 0.3)
+        actor = loading.load_policy(str(self.actor), "fp32", 0.3)
         # As after some updates: no longer the reference.
         torch.manual_seed(8)
         with torch.no_grad():
             for parameter in actor.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.02)
-        critic = models.load_scorer(str(self.critic), "fp32", 0.3)
-        reference = models.load_policy(str(self.actor), "fp32", 0.0).eval()
-        reward = models.load_scorer(str(self.reward), "fp32", 0.0).eval()
+        critic = loading.load_scorer(str(self.critic), "fp32", 0.3)
+        reference = loading.load_policy(str(self.actor), "fp32", 0.0).eval()
+        reward = loading.load_scorer(str(self.reward), "fp32", 0.0).eval()
         actor.train()
         critic.train()
         return actor, critic, frozen.Copy(reference), frozen.Copy(reward)
@@ -184,7 +184,7 @@ def test_scores_are_the_classifiers_own_at_the_end_of_each_answer(case: Case) ->
 
 
 def test_values_are_the_critics_before_each_token(case: Case) -> None:
-    plain = models.load_scorer(str(case.critic), "fp32", 0.0).eval().classifier
+    plain = loading.load_scorer(str(case.critic), "fp32", 0.0).eval().classifier
     plain.config.pad_token_id = None
 
     found = score(case)

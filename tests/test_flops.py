@@ -13,15 +13,15 @@ import tiny  # noqa: E402
 from tiny import one_rank  # noqa: E402, F401
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-from hlrlhf.trainer import engine, flops, lora, measures, models  # noqa: E402
+from hlrlhf.trainer import engine, flops, loading, lora, measures, models  # noqa: E402
 
 PROMPT, ANSWER = 9, 6
 architectures = pytest.mark.parametrize("architecture", tiny.WITH_POSITIONS)
 
 
 def load(folder: Path, architecture: str) -> tuple[models.Policy, models.Scorer]:
-    policy = models.load_policy(str(tiny.save_policy(folder / "a", architecture)), "fp32", 0.0)
-    scorer = models.load_scorer(str(tiny.save_classifier(folder / "c", architecture)), "fp32", 0.0)
+    policy = loading.load_policy(str(tiny.save_policy(folder / "a", architecture)), "fp32", 0.0)
+    scorer = loading.load_scorer(str(tiny.save_classifier(folder / "c", architecture)), "fp32", 0.0)
     for model in (policy, scorer):
         # Written out, so that the counter sees its products; it forms all pairs, masked or not.
         model.inner.set_attn_implementation("eager")

@@ -20,6 +20,7 @@ from hlrlhf.trainer import (  # noqa: E402
     engine,
     experience,
     frozen,
+    loading,
     lora,
     models,
     rollout,
@@ -52,8 +53,8 @@ class Case:
     def load(self) -> tuple[Any, Any, Any]:
         """Actor and critic in their engines, with dropout; and the critic's first head."""
         own = self.settings
-        policy = models.load_policy(own.actor.model_path, "fp32", 0.3)
-        scorer = models.load_scorer(own.critic.model_path, "fp32", 0.3)
+        policy = loading.load_policy(own.actor.model_path, "fp32", 0.3)
+        scorer = loading.load_scorer(own.critic.model_path, "fp32", 0.3)
         head = copy.deepcopy(scorer.head)
         torch.manual_seed(3)
         for model in (policy, scorer):
@@ -71,8 +72,8 @@ class Case:
 
     def copies(self) -> tuple[frozen.Copy, frozen.Copy]:
         own = self.settings
-        policy = models.load_policy(own.actor.model_path, "fp32", 0.0)
-        scorer = models.load_scorer(own.critic.model_path, "fp32", 0.0)
+        policy = loading.load_policy(own.actor.model_path, "fp32", 0.0)
+        scorer = loading.load_scorer(own.critic.model_path, "fp32", 0.0)
         return (
             frozen.copy(policy, own.actor.zero_stage, own, self.device),
             frozen.copy(scorer, own.critic.zero_stage, own, self.device),
@@ -236,7 +237,7 @@ def test_answers_of_the_reference(make: Callable[..., Case], stage: int, kind: s
 @pytest.mark.parametrize("stage", [0, 3])
 def test_a_copy_only_scores(make: Callable[..., Case], stage: int) -> None:
     case = make("llama", stage)
-    model = models.load_scorer(case.settings.critic.model_path, "fp32", 0.3)
+    model = loading.load_scorer(case.settings.critic.model_path, "fp32", 0.3)
     expected = says(tiny.Engine(copy.deepcopy(model).eval().requires_grad_(False)))
     model.train()
 
@@ -280,7 +281,7 @@ def test_a_reference_in_host_memory_comes_for_a_whole_rollout(make: Callable[...
     assert case.settings.per_device_batch_size > case.settings.mbs, "several micro batches"
     actor, critic, _ = case.load()
     plain, reward = case.copies()
-    model = Recorded(models.load_policy(case.settings.actor.model_path, "fp32", 0.0).lm)
+    model = Recorded(loading.load_policy(case.settings.actor.model_path, "fp32", 0.0).lm)
     reference = frozen.copy(model, 0, case.settings, case.device, in_host_memory=True)
     assert model.calls == ["host"]
     model.calls.clear()

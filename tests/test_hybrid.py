@@ -22,7 +22,7 @@ from torch.utils import cpp_extension  # noqa: E402
 from transformers import Qwen2Config  # noqa: E402
 
 from hlrlhf.settings.layers import load  # noqa: E402
-from hlrlhf.trainer import engine, hybrid, loop, models, rollout  # noqa: E402
+from hlrlhf.trainer import engine, hybrid, loading, loop, models, rollout  # noqa: E402
 from hlrlhf.trainer.errors import TrainerError  # noqa: E402
 
 PROMPTS = [[1, 5, 6, 7, 8, 9], [1, 30], [1, 11, 12], [1, 4]]
@@ -120,7 +120,7 @@ def second_best(logits: Any, hidden: Any) -> Any:
 
 
 def policy(tmp_path: Path) -> models.Policy:
-    return models.load_policy(str(tiny.save_policy(tmp_path, "llama")), "fp32", 0.3)
+    return loading.load_policy(str(tiny.save_policy(tmp_path, "llama")), "fp32", 0.3)
 
 
 def compare(module: models.Policy, kernel: Kernel, settings: Any = None) -> None:

@@ -20,7 +20,7 @@ from test_update import TEXTS, made  # noqa: E402
 from tiny import PAD, one_rank  # noqa: E402, F401
 from torch.nn.functional import pad  # noqa: E402
 
-from hlrlhf.trainer import data, engine, models  # noqa: E402
+from hlrlhf.trainer import data, engine, loading  # noqa: E402
 from hlrlhf.trainer.experience import Experience  # noqa: E402
 from hlrlhf.trainer.pretraining import Mix  # noqa: E402
 from hlrlhf.trainer.update import update  # noqa: E402
@@ -78,10 +78,10 @@ def measured(
         *flags,
     )
     cpu = tiny.cpu(settings)
-    actor = models.load_policy(
+    actor = loading.load_policy(
         str(tiny.save_policy(folder / "a", architecture)), "fp32", 0.0, settings.ppo.logprob_chunk
     )
-    critic = models.load_scorer(str(tiny.save_classifier(folder / "c", architecture)), "fp32", 0.0)
+    critic = loading.load_scorer(str(tiny.save_classifier(folder / "c", architecture)), "fp32", 0.0)
     trained = []
     for model, own in ((actor, settings.actor), (critic, settings.critic)):
         if own.cp_act:

@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 import tiny  # noqa: E402
 from torch import nn  # noqa: E402
 
-from hlrlhf.trainer import lora, models  # noqa: E402
+from hlrlhf.trainer import loading, lora, models  # noqa: E402
 from hlrlhf.trainer.errors import TrainerError  # noqa: E402
 
 ROWS = [[1, 5, 6, 7, 8, 9], [1, 30, 2]]
@@ -24,8 +24,8 @@ kinds = pytest.mark.parametrize("kind", ["policy", "scorer"])
 
 def load(folder: Path, architecture: str, kind: str) -> models.Policy | models.Scorer:
     if kind == "policy":
-        return models.load_policy(str(tiny.save_policy(folder, architecture)), "fp32", 0.0)
-    return models.load_scorer(str(tiny.save_classifier(folder, architecture)), "fp32", 0.0)
+        return loading.load_policy(str(tiny.save_policy(folder, architecture)), "fp32", 0.0)
+    return loading.load_scorer(str(tiny.save_classifier(folder, architecture)), "fp32", 0.0)
 
 
 def inner(model: Any) -> Any:
@@ -150,7 +150,7 @@ def test_merging_keeps_the_precision_of_the_weights(tmp_path: Path) -> None:
 
 def test_adapters_of_the_actor_do_not_touch_the_reference(tmp_path: Path) -> None:
     folder = str(tiny.save_policy(tmp_path, "llama"))
-    actor, reference = (models.load_policy(folder, "fp32", 0.0).eval() for _ in range(2))
+    actor, reference = (loading.load_policy(folder, "fp32", 0.0).eval() for _ in range(2))
     before = outputs(reference)
 
     lora.add_adapters(actor, tiny.settings("lora.dim=3"))

@@ -21,7 +21,7 @@ from transformers import (  # noqa: E402
     GraniteConfig,
 )
 
-from hlrlhf.trainer import models  # noqa: E402
+from hlrlhf.trainer import loading, models, tokenizers  # noqa: E402
 from hlrlhf.trainer.errors import TrainerError  # noqa: E402
 
 ROWS = [[1, 5, 6, 7, 8, 9, 2], [1, 30, 2], [1, 11, 12, 2]]
@@ -72,7 +72,7 @@ def change(folder: Path, edit: Any) -> None:
 
 @architectures
 def test_both_formats_of_a_scorer_give_equal_scores(tmp_path: Path, architecture: str) -> None:
-    hf = models.load_scorer(
+    hf = loading.load_scorer(
         str(tiny.save_classifier(tmp_path / "hf", architecture)), "fp32", 0.0
     ).eval()
     expected = scores(hf, 2)
@@ -82,18 +82,18 @@ def test_both_formats_of_a_scorer_give_equal_scores(tmp_path: Path, architecture
         folder = tiny.save_step2(tmp_path / f"step2-{prepare}", architecture)
         if prepare is not None:
             prepare(folder)
-        step2 = models.load_scorer(str(folder), "fp32", 0.0).eval()
+        step2 = loading.load_scorer(str(folder), "fp32", 0.0).eval()
         torch.testing.assert_close(scores(step2, 2), expected)
 
 
 @architectures
 def test_sharded_folders_of_hugging_face(tmp_path: Path, architecture: str) -> None:
-    whole = models.load_scorer(
+    whole = loading.load_scorer(
         str(tiny.save_classifier(tmp_path / "hf", architecture)), "fp32", 0.0
     ).eval()
     shard(tmp_path / "hf")
 
-    sharded = models.load_scorer(str(tmp_path / "hf"), "fp32", 0.0).eval()
+    sharded = loading.load_scorer(str(tmp_path / "hf"), "fp32", 0.0).eval()
 
     torch.testing.assert_close(scores(sharded), scores(whole))
 
@@ -105,19 +105,19 @@ def test_a_scorer_says_what_the_plain_classifier_says(tmp_path: Path, architectu
     # Rows come one by one: without a padding token it reads each one's last.
     plain.config.pad_token_id = None
 
-    found = scores(models.load_scorer(str(folder), "fp32", 0.0).eval())[:, -1]
+    found = scores(loading.load_scorer(str(folder), "fp32", 0.0).eval())[:, -1]
 
     with torch.no_grad():
         expected = [float(plain(torch.tensor([row])).logits) for row in ROWS]
     assert found.tolist() == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize(("dtype", "expected"), list(models.DTYPES.items()))
+@pytest.mark.parametrize(("dtype", "expected"), list(loading.DTYPES.items()))
 def test_precision(tmp_path: Path, dtype: str, expected: torch.dtype) -> None:
     loaded = [
-        models.load_policy(str(tiny.save_policy(tmp_path / "actor", "llama")), dtype, 0.0),
-        models.load_scorer(str(tiny.save_classifier(tmp_path / "hf", "llama")), dtype, 0.0),
-        models.load_scorer(str(tiny.save_step2(tmp_path / "step2", "llama")), dtype, 0.0),
+        loading.load_policy(str(tiny.save_policy(tmp_path / "actor", "llama")), dtype, 0.0),
+        loading.load_scorer(str(tiny.save_classifier(tmp_path / "hf", "llama")), dtype, 0.0),
+        loading.load_scorer(str(tiny.save_step2(tmp_path / "step2", "llama")), dtype, 0.0),
     ]
 
     for model in loaded:
@@ -148,7 +148,7 @@ def test_a_missing_weight_is_named(tmp_path: Path, architecture: str, kind: str)
         change(folder, lambda weights: weights.pop(f"rwtransformer.{lost}"))
 
     with pytest.raises(TrainerError, match=rf"{folder}: .*lacks .*{lost}"):
-        models.load_scorer(str(folder), "fp32", 0.0)
+        loading.load_scorer(str(folder), "fp32", 0.0)
 
 
 def test_a_critic_with_other_names_is_refused_rather_than_random(tmp_path: Path) -> None:
@@ -163,29 +163,29 @@ def test_a_critic_with_other_names_is_refused_rather_than_random(tmp_path: Path)
     with pytest.raises(
         TrainerError, match=r"lacks model\.embed_tokens.* and \d+ more; it has back"
     ):
-        models.load_scorer(str(folder), "fp32", 0.0)
+        loading.load_scorer(str(folder), "fp32", 0.0)
 
 
 def test_a_weight_too_many_is_refused(tmp_path: Path) -> None:
     step2 = tiny.save_step2(tmp_path / "step2", "llama")
     change(step2, lambda weights: weights.update({"rwtransformer.extra": torch.ones(1)}))
     with pytest.raises(TrainerError, match=r"it has model\.extra, which the model has not"):
-        models.load_scorer(str(step2), "fp32", 0.0)
+        loading.load_scorer(str(step2), "fp32", 0.0)
 
     policy = tiny.save_policy(tmp_path / "actor", "llama")
     weights = load_file(policy / "model.safetensors") | {"model.extra": torch.ones(1)}
     save_file(weights, policy / "model.safetensors", {"format": "pt"})
     with pytest.raises(TrainerError, match=r"it has model\.extra, which the model has not"):
-        models.load_policy(str(policy), "fp32", 0.0)
+        loading.load_policy(str(policy), "fp32", 0.0)
 
 
 def test_buffers_that_a_model_computes_are_no_weights(tmp_path: Path) -> None:
     folder = tiny.save_step2(tmp_path / "model", "llama")
-    expected = scores(models.load_scorer(str(folder), "fp32", 0.0).eval())
+    expected = scores(loading.load_scorer(str(folder), "fp32", 0.0).eval())
     buffer = "rwtransformer.layers.0.self_attn.rotary_emb.inv_freq"
     change(folder, lambda weights: weights.update({buffer: torch.ones(4)}))
 
-    found = scores(models.load_scorer(str(folder), "fp32", 0.0).eval())
+    found = scores(loading.load_scorer(str(folder), "fp32", 0.0).eval())
     torch.testing.assert_close(found, expected)
 
 
@@ -194,17 +194,17 @@ def test_two_labels_are_refused(tmp_path: Path) -> None:
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "two")
 
     with pytest.raises(TrainerError, match="with 2 labels; a reward model has one"):
-        models.load_scorer(str(tmp_path / "two"), "fp32", 0.0)
+        loading.load_scorer(str(tmp_path / "two"), "fp32", 0.0)
 
 
 def test_a_language_model_is_no_scorer_and_a_scorer_no_language_model(tmp_path: Path) -> None:
     policy = tiny.save_policy(tmp_path / "actor", "llama", num_labels=1)
     with pytest.raises(TrainerError, match=r"lacks score\.weight"):
-        models.load_scorer(str(policy), "fp32", 0.0)
+        loading.load_scorer(str(policy), "fp32", 0.0)
 
     classifier = tiny.save_classifier(tmp_path / "hf", "llama")
     with pytest.raises(TrainerError, match=r"lacks lm_head\.weight"):
-        models.load_policy(str(classifier), "fp32", 0.0)
+        loading.load_policy(str(classifier), "fp32", 0.0)
 
 
 @pytest.mark.parametrize("kind", ["policy", "hf", "step2"])
@@ -217,7 +217,7 @@ def test_weights_of_another_size_are_refused(tmp_path: Path, kind: str) -> None:
     folder = save(tmp_path / "model", "llama")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
-    load = models.load_policy if kind == "policy" else models.load_scorer
+    load = loading.load_policy if kind == "policy" else loading.load_scorer
 
     with pytest.raises(TrainerError, match=f"{folder}: "):
         load(str(folder), "fp32", 0.0)
@@ -231,15 +231,15 @@ def test_a_folder_without_weights_or_without_configuration(tmp_path: Path) -> No
         (weights,) = folder.glob(f"*.{suffix}")
         kept = weights.rename(tmp_path / "kept")
         with pytest.raises(TrainerError, match=r"model.safetensors,? n?or pytorch_model.bin"):
-            models.load_scorer(str(folder), "fp32", 0.0)
+            loading.load_scorer(str(folder), "fp32", 0.0)
         kept.rename(weights)
         (folder / "config.json").unlink()
         with pytest.raises(TrainerError, match=f"{folder}: "):
-            models.load_scorer(str(folder), "fp32", 0.0)
+            loading.load_scorer(str(folder), "fp32", 0.0)
     with pytest.raises(TrainerError, match="no causal language model"):
-        models.load_policy(str(tmp_path), "fp32", 0.0)
+        loading.load_policy(str(tmp_path), "fp32", 0.0)
     with pytest.raises(TrainerError, match="no tokenizer"):
-        models.load_tokenizer(str(tmp_path))
+        tokenizers.load_tokenizer(str(tmp_path))
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"weight_map": {"v_head.weight": "gone.bin"}}'])
@@ -249,7 +249,7 @@ def test_a_broken_index_is_refused(tmp_path: Path, text: str) -> None:
     (folder / "pytorch_model.bin.index.json").write_text(text)
 
     with pytest.raises(TrainerError, match=f"{folder}"):
-        models.load_scorer(str(folder), "fp32", 0.0)
+        loading.load_scorer(str(folder), "fp32", 0.0)
 
 
 class Trap:
@@ -268,7 +268,7 @@ def test_a_pickle_that_would_run_a_program_is_refused(tmp_path: Path) -> None:
     change(folder, lambda weights: weights.update({"v_head.weight": Trap(sprung)}))
 
     with pytest.raises(TrainerError, match=r"pytorch_model\.bin: cannot be read"):
-        models.load_scorer(str(folder), "fp32", 0.0)
+        loading.load_scorer(str(folder), "fp32", 0.0)
 
     assert not sprung.exists()
 
@@ -279,7 +279,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     source.write_bytes(source.read_bytes()[:1000])
 
     with pytest.raises(TrainerError, match=f"{folder}: .* header"):
-        models.load_scorer(str(folder), "fp32", 0.0)
+        loading.load_scorer(str(folder), "fp32", 0.0)
 
 
 # 3. Dropout.
@@ -301,9 +301,9 @@ def test_dropout_is_the_settings_and_not_the_checkpoints(
     tmp_path: Path, architecture: str, rate: float
 ) -> None:
     loaded = [
-        models.load_policy(str(tiny.save_policy(tmp_path / "actor", architecture)), "fp32", rate),
-        models.load_scorer(str(tiny.save_classifier(tmp_path / "hf", architecture)), "fp32", rate),
-        models.load_scorer(str(tiny.save_step2(tmp_path / "step2", architecture)), "fp32", rate),
+        loading.load_policy(str(tiny.save_policy(tmp_path / "actor", architecture)), "fp32", rate),
+        loading.load_scorer(str(tiny.save_classifier(tmp_path / "hf", architecture)), "fp32", rate),
+        loading.load_scorer(str(tiny.save_step2(tmp_path / "step2", architecture)), "fp32", rate),
     ]
 
     ids, mask = tiny.padded(ROWS)
@@ -327,18 +327,18 @@ def test_dropout_is_the_settings_and_not_the_checkpoints(
 
 def test_every_model_needs_an_embedding_for_every_token(tmp_path: Path) -> None:
     tokenizer = tiny.tokenizer()
-    fits = models.load_policy(
+    fits = loading.load_policy(
         str(tiny.save_policy(tmp_path / "actor", "llama", vocabulary=len(tokenizer))), "fp32", 0.0
     )
-    small = models.load_scorer(
+    small = loading.load_scorer(
         str(tiny.save_classifier(tmp_path / "hf", "bloom", vocabulary=len(tokenizer) - 1)),
         "fp32",
         0.0,
     )
 
-    models.check_vocabulary(tokenizer, "actor", fits)
+    tokenizers.check_vocabulary(tokenizer, "actor", fits)
     with pytest.raises(TrainerError) as caught:
-        models.check_vocabulary(tokenizer, "critic", small)
+        tokenizers.check_vocabulary(tokenizer, "critic", small)
     assert str(len(tokenizer) - 1) in str(caught.value)
     assert str(caught.value).startswith("the critic has embeddings for")
 
@@ -347,19 +347,19 @@ def test_a_tokenizer_beside_a_model_is_found_when_it_is_whole(tmp_path: Path) ->
     tokenizer = tiny.tokenizer()
     # From such a configuration alone, transformers makes up a tokenizer of one token.
     tiny.config("gpt2").save_pretrained(tmp_path)
-    assert models.held_tokenizer(str(tmp_path)) is None
+    assert tokenizers.held_tokenizer(str(tmp_path)) is None
     # What DeepSpeed-Chat leaves beside a reward model.
     tokenizer.backend_tokenizer.model.save(str(tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "vocab.json", "merges.txt"}
-    assert models.held_tokenizer(str(tmp_path)) is None
+    assert tokenizers.held_tokenizer(str(tmp_path)) is None
 
     tokenizer.save_pretrained(tmp_path)
-    assert models.held_tokenizer(str(tmp_path)).get_vocab() == tokenizer.get_vocab()
+    assert tokenizers.held_tokenizer(str(tmp_path)).get_vocab() == tokenizer.get_vocab()
 
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(TrainerError, match="no tokenizer can be loaded"):
-        models.held_tokenizer(str(tmp_path))
-    assert models.held_tokenizer("/nowhere/at/all") is None
+        tokenizers.held_tokenizer(str(tmp_path))
+    assert tokenizers.held_tokenizer("/nowhere/at/all") is None
 
 
 @pytest.mark.parametrize(
@@ -369,32 +369,32 @@ def test_a_tokenizer_beside_a_model_is_found_when_it_is_whole(tmp_path: Path) ->
 def test_end_tokens(
     tmp_path: Path, configured: Any, of_tokenizer: str | None, expected: list[int]
 ) -> None:
-    policy = models.load_policy(str(tiny.save_policy(tmp_path, "llama")), "fp32", 0.0)
+    policy = loading.load_policy(str(tiny.save_policy(tmp_path, "llama")), "fp32", 0.0)
     policy.generation_config.eos_token_id = configured
     tokenizer = tiny.tokenizer()
     tokenizer.eos_token = of_tokenizer
 
-    assert models.end_tokens(policy, tokenizer) == expected
+    assert tokenizers.end_tokens(policy, tokenizer) == expected
 
 
 def test_no_end_token_at_all_is_refused(tmp_path: Path) -> None:
-    policy = models.load_policy(str(tiny.save_policy(tmp_path, "llama")), "fp32", 0.0)
+    policy = loading.load_policy(str(tiny.save_policy(tmp_path, "llama")), "fp32", 0.0)
     policy.generation_config.eos_token_id = None
     tokenizer = tiny.tokenizer()
     tokenizer.eos_token = None
 
     with pytest.raises(TrainerError, match="no end-of-sequence token"):
-        models.end_tokens(policy, tokenizer)
+        tokenizers.end_tokens(policy, tokenizer)
 
 
 def test_the_checkpoints_generation_configuration_is_kept(tmp_path: Path) -> None:
     folder = tiny.save_policy(tmp_path, "llama")
     GenerationConfig(max_length=77, eos_token_id=[2, 5]).save_pretrained(folder)
 
-    policy = models.load_policy(str(folder), "fp32", 0.0)
+    policy = loading.load_policy(str(folder), "fp32", 0.0)
 
     assert policy.generation_config.max_length == 77
-    assert models.end_tokens(policy, tiny.tokenizer()) == [2, 5]
+    assert tokenizers.end_tokens(policy, tiny.tokenizer()) == [2, 5]
 
 
 # 5. Padding on the left.
@@ -404,8 +404,8 @@ def test_the_checkpoints_generation_configuration_is_kept(tmp_path: Path) -> Non
 def test_padding_on_the_left_does_not_show(tmp_path: Path, architecture: str) -> None:
     """Tolerance 1e-4: fp32 sums in another order."""
     folder = tiny.save_policy(tmp_path / "actor", architecture)
-    policy = models.load_policy(str(folder), "fp32", 0.0).eval()
-    scorer = models.load_scorer(
+    policy = loading.load_policy(str(folder), "fp32", 0.0).eval()
+    scorer = loading.load_scorer(
         str(tiny.save_classifier(tmp_path / "hf", architecture)), "fp32", 0.0
     ).eval()
     plain = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -431,8 +431,8 @@ def test_padding_on_the_left_does_not_show(tmp_path: Path, architecture: str) ->
 def test_log_probs_in_chunks(tmp_path: Path, architecture: str, chunk: int) -> None:
     folder = str(tiny.save_policy(tmp_path, architecture))
     whole, chunked = (
-        models.load_policy(folder, "fp32", 0.0),
-        models.load_policy(folder, "fp32", 0.0, chunk),
+        loading.load_policy(folder, "fp32", 0.0),
+        loading.load_policy(folder, "fp32", 0.0, chunk),
     )
     ids, mask = tiny.padded([[1, 5, 6, 7, 8, 9, 10], [1, 30, 31, 4, 5, 6]])
     widths = []
@@ -465,6 +465,6 @@ def test_logits_that_are_changed_after_the_head_are_not_computed_in_chunks(tmp_p
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
 
-    models.load_policy(str(tmp_path), "fp32", 0.0)
+    loading.load_policy(str(tmp_path), "fp32", 0.0)
     with pytest.raises(TrainerError, match="HL_PPO_LOGPROB_CHUNK=0"):
-        models.load_policy(str(tmp_path), "fp32", 0.0, 4)
+        loading.load_policy(str(tmp_path), "fp32", 0.0, 4)

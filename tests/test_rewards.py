@@ -18,7 +18,7 @@ import tiny  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from tiny import EOS, one_rank  # noqa: E402, F401
 
-from hlrlhf.trainer import demo, models, rewards  # noqa: E402
+from hlrlhf.trainer import demo, loading, rewards, tokenizers  # noqa: E402
 from hlrlhf.trainer.errors import TrainerError  # noqa: E402
 from hlrlhf.trainer.rewards import Normalizer, Rewards  # noqa: E402
 
@@ -72,7 +72,7 @@ def raw(folders: dict[str, Path], *flags: str) -> Any:
 
 def ends(path: Path) -> Any:
     """What a reward model says at the last token of each answer."""
-    scorer = models.load_scorer(str(path), "fp32", 0.0).eval()
+    scorer = loading.load_scorer(str(path), "fp32", 0.0).eval()
     rollout = rolled_out()
     with torch.no_grad():
         every = scorer(rollout.sequences, rollout.attention_mask, rollout.answer_width)
@@ -141,8 +141,8 @@ def test_a_model_with_other_tokens_needs_answers_encoded_again(foreign: dict[str
         loaded(foreign, path)
     again = raw(foreign, path, "reward.own_tokenizer=1")
 
-    tokenizer = models.held_tokenizer(str(foreign["reward"]))
-    scorer = models.load_scorer(str(foreign["reward"]), "fp32", 0.0).eval()
+    tokenizer = tokenizers.held_tokenizer(str(foreign["reward"]))
+    scorer = loading.load_scorer(str(foreign["reward"]), "fp32", 0.0).eval()
     for score, (prompt, answer, ended) in zip(again, TEXTS, strict=True):
         row = torch.tensor([tokenizer(prompt + answer)["input_ids"] + [EOS] * ended])
         with torch.no_grad():

@@ -20,7 +20,7 @@ from ranks import together  # noqa: E402
 from tiny import EOS, PAD  # noqa: E402
 from transformers import AutoModelForCausalLM, GenerationConfig  # noqa: E402
 
-from hlrlhf.trainer import engine, lora, models, rollout  # noqa: E402
+from hlrlhf.trainer import engine, loading, lora, models, rollout  # noqa: E402
 
 PROMPTS = [[1, 5, 6, 7, 8, 9], [1, 30], [1, 11, 12]]
 
@@ -216,7 +216,7 @@ ROWS = 1500
 def test_answers_are_samples_of_the_policy_whatever_the_checkpoint_asks_for(
     stubborn: Path, with_lora: bool, temperature: float
 ) -> None:
-    policy = models.load_policy(str(stubborn), "fp32", 0.0)
+    policy = loading.load_policy(str(stubborn), "fp32", 0.0)
     if with_lora:
         lora.add_adapters(policy, tiny.settings("lora.dim=2"))
     # A longer neighbour pads them all: that must not show.
@@ -237,7 +237,7 @@ def test_answers_are_samples_of_the_policy_whatever_the_checkpoint_asks_for(
 
 @pytest.mark.knob("generation.top_k", "generation.top_p")
 def test_top_k_and_top_p_are_the_settings_own(stubborn: Path) -> None:
-    policy = models.load_policy(str(stubborn), "fp32", 0.0)
+    policy = loading.load_policy(str(stubborn), "fp32", 0.0)
     probabilities = (plain_logits(stubborn, PROMPTS[1]) / 3).softmax(-1)
     ranked = probabilities.argsort(descending=True).tolist()
 
@@ -265,7 +265,7 @@ def speaker(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("with_lora", "static_cache"), [(False, True), (True, False)])
 def test_stop_strings_end_answers(speaker: Path, with_lora: bool, static_cache: bool) -> None:
     tokenizer = tiny.tokenizer()
-    policy = models.load_policy(str(speaker), "fp32", 0.0)
+    policy = loading.load_policy(str(speaker), "fp32", 0.0)
     if with_lora:
         lora.add_adapters(policy, tiny.settings("lora.dim=2"))
     stop = ["an", "e", "\n", "ss", "."]
@@ -291,7 +291,7 @@ def test_stop_strings_end_answers(speaker: Path, with_lora: bool, static_cache: 
 @pytest.mark.knob("generation.max_new_tokens", "generation.min_new_tokens")
 def test_answers_are_as_long_as_they_may_and_must_be(speaker: Path) -> None:
     tokenizer = tiny.tokenizer()
-    policy = models.load_policy(str(speaker), "fp32", 0.0)
+    policy = loading.load_policy(str(speaker), "fp32", 0.0)
     stop = f"generation.stop={json.dumps([chr(i) for i in range(97, 123)])}"
     flags = (stop, "generation.max_new_tokens=9")
 
@@ -307,7 +307,7 @@ def test_answers_are_as_long_as_they_may_and_must_be(speaker: Path) -> None:
 def test_more_than_fifty_tokens_can_be_sampled(tmp_path: Path) -> None:
     """Fifty is transformers' own top_k where nobody sets one."""
     folder = tiny.save_policy(tmp_path, "llama", vocabulary=200, initializer_range=0.01)
-    policy = models.load_policy(str(folder), "fp32", 0.0)
+    policy = loading.load_policy(str(folder), "fp32", 0.0)
 
     tokens = first_tokens(sample(policy, [PROMPTS[1]] * 2000))
 
@@ -315,7 +315,7 @@ def test_more_than_fifty_tokens_can_be_sampled(tmp_path: Path) -> None:
 
 
 def test_the_policy_gets_its_own_generation_configuration_back(stubborn: Path) -> None:
-    policy = models.load_policy(str(stubborn), "fp32", 0.0)
+    policy = loading.load_policy(str(stubborn), "fp32", 0.0)
 
     sample(policy, PROMPTS)
 
@@ -324,7 +324,7 @@ def test_the_policy_gets_its_own_generation_configuration_back(stubborn: Path) -
 
 
 def test_dropout_is_off_while_the_policy_samples(stubborn: Path) -> None:
-    policy = models.load_policy(str(stubborn), "fp32", 0.9)
+    policy = loading.load_policy(str(stubborn), "fp32", 0.9)
     policy.train()
 
     found = sample(policy, [PROMPTS[1]] * ROWS)
@@ -338,7 +338,7 @@ def test_dropout_is_off_while_the_policy_samples(stubborn: Path) -> None:
 
 def test_padding_that_is_a_token_like_any_other_does_not_show(stubborn: Path) -> None:
     """Padded with the end token, and with that token in the prompt itself."""
-    policy = models.load_policy(str(stubborn), "fp32", 0.0)
+    policy = loading.load_policy(str(stubborn), "fp32", 0.0)
     prompt = [1, EOS, 30]
 
     found = sample(policy, [prompt] * ROWS + [PROMPTS[0]], padding=EOS)
@@ -348,7 +348,7 @@ def test_padding_that_is_a_token_like_any_other_does_not_show(stubborn: Path) ->
 
 
 def test_a_rollout_of_prompts_of_many_lengths(stubborn: Path) -> None:
-    policy = models.load_policy(str(stubborn), "fp32", 0.0)
+    policy = loading.load_policy(str(stubborn), "fp32", 0.0)
 
     found = sample(policy, PROMPTS, "generation.max_new_tokens=9")
 
@@ -363,7 +363,7 @@ def test_a_rollout_of_prompts_of_many_lengths(stubborn: Path) -> None:
 
 def test_padded_rows_have_the_log_probs_of_unpadded_ones(stubborn: Path) -> None:
     """Tolerance 1e-4 nats: fp32 sums in another order."""
-    policy = models.load_policy(str(stubborn), "fp32", 0.0).eval()
+    policy = loading.load_policy(str(stubborn), "fp32", 0.0).eval()
     plain = AutoModelForCausalLM.from_pretrained(stubborn).eval()
     found = sample(policy, PROMPTS, "generation.max_new_tokens=9", seed=3)
 
@@ -396,7 +396,7 @@ def roll_out_and_update(folder: Path, chunk: int) -> tuple[list[int], list[int]]
         f"ppo.logprob_chunk={chunk}",
     )
     own = tiny.cpu(settings)
-    policy = models.load_policy(str(folder), "fp32", 0.0, chunk)
+    policy = loading.load_policy(str(folder), "fp32", 0.0, chunk)
     actor = engine.trained(policy, settings.actor, settings, own, ROLLOUTS)
     sampling = rollout.sampling(settings, None, [EOS, 3, 4, 5, 6], PAD, own)
     torch.manual_seed(dist.get_rank())

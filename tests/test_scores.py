@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, processors  # noqa: 
 from tokenizers import models as tokenizer_models  # noqa: E402
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast  # noqa: E402
 
-from hlrlhf.trainer import demo, models, scores  # noqa: E402
+from hlrlhf.trainer import demo, loading, scores  # noqa: E402
 from hlrlhf.trainer.errors import TrainerError  # noqa: E402
 
 # fp32 sums in another order.
@@ -43,7 +43,7 @@ def plain_score(classifier: Any, row: list[int]) -> float:
 
 def model_scores(folder: Path, tokenizer: Any, own: Any, *flags: str) -> scores.ModelScores:
     settings = tiny.settings("mbs=3", "gbs=3", *flags)
-    scorer = models.load_scorer(str(folder), "fp32", 0.0).eval()
+    scorer = loading.load_scorer(str(folder), "fp32", 0.0).eval()
     return scores.ModelScores(scorer, tokenizer, own, settings, tiny.cpu(settings))
 
 

@@ -34,7 +34,7 @@ from transformers import (  # noqa: E402
 )
 
 from hlrlhf.ports import rendezvous_port  # noqa: E402
-from hlrlhf.trainer.models import load_scorer  # noqa: E402
+from hlrlhf.trainer.loading import load_scorer  # noqa: E402
 
 # Of each weight tensor, relative to its norm. Largest difference seen between the runs that must
 # agree, after three steps in fp32: 6.3e-6. Losses normalised per rank instead of globally: 4.9e-3.

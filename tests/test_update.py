@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 import tiny  # noqa: E402
 from tiny import EOS, PAD, one_rank  # noqa: E402, F401
 
-from hlrlhf.trainer import data, engine, experience, models  # noqa: E402
+from hlrlhf.trainer import data, engine, experience, loading  # noqa: E402
 from hlrlhf.trainer.ema import Average  # noqa: E402
 from hlrlhf.trainer.pretraining import Mix  # noqa: E402
 from hlrlhf.trainer.rewards import Rewards  # noqa: E402
@@ -49,8 +49,8 @@ def made(settings: Any) -> experience.Experience:
 
 
 def load(folder: Path) -> tuple[Any, Any]:
-    actor = models.load_policy(str(tiny.save_policy(folder / "actor", "llama")), "fp32", 0.0)
-    critic = models.load_scorer(str(tiny.save_classifier(folder / "critic", "llama")), "fp32", 0.0)
+    actor = loading.load_policy(str(tiny.save_policy(folder / "actor", "llama")), "fp32", 0.0)
+    critic = loading.load_scorer(str(tiny.save_classifier(folder / "critic", "llama")), "fp32", 0.0)
     return actor, critic
 
 

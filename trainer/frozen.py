@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hlrlhf.settings import Settings
-from hlrlhf.trainer import engine, models
+from hlrlhf.trainer import engine, loading, tokenizers
 from hlrlhf.trainer.device import Device
 from hlrlhf.trainer.models import Policy, Scorer
 
@@ -118,10 +118,10 @@ def reference(settings: Settings, tokenizer: Any, actor: Any, device: Device) ->
     """
     if settings.adapters_only:
         return WithoutAdapters(actor)
-    model = models.load_policy(
+    model = loading.load_policy(
         settings.actor.model_path, settings.dtype, 0.0, settings.ppo.logprob_chunk
     )
-    models.check_vocabulary(tokenizer, "reference", model)
+    tokenizers.check_vocabulary(tokenizer, "reference", model)
     return copy(model, settings.actor.zero_stage, settings, device, settings.reference.offload)
 
 
@@ -148,8 +148,8 @@ def reward_model(
     path = reward_path(settings)
     if settings.adapters_only and path == settings.critic.model_path:
         return WithoutAdapters(critic, first_head.requires_grad_(False).to(device.torch))
-    model = models.load_scorer(path, settings.dtype, 0.0)
-    models.check_vocabulary(tokenizer, "reward model", model)
+    model = loading.load_scorer(path, settings.dtype, 0.0)
+    tokenizers.check_vocabulary(tokenizer, "reward model", model)
     return copy(model, settings.critic.zero_stage, settings, device)
 
 

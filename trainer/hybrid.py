@@ -15,7 +15,7 @@ from hlrlhf.trainer import data
 from hlrlhf.trainer.device import Device
 from hlrlhf.trainer.engine import summed
 from hlrlhf.trainer.errors import TrainerError
-from hlrlhf.trainer.models import UNREADABLE
+from hlrlhf.trainer.loading import UNREADABLE
 from hlrlhf.trainer.rollout import Sampling
 
 # Nats. bf16 has 8 bits: logits near 30 are apart by an eighth, and two kernels round each sum

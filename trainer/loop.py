@@ -20,11 +20,12 @@ from hlrlhf.trainer import (
     flops,
     frozen,
     hybrid,
+    loading,
     lora,
     measures,
-    models,
     ppo,
     pretraining,
+    tokenizers,
 )
 from hlrlhf.trainer import experience as experiences
 from hlrlhf.trainer import rollout as rollouts
@@ -54,7 +55,7 @@ def train(settings: Settings, run: Path, device: Device, warned: Callable[[], bo
     """
     rank = dist.get_rank()
     hybrid.check(settings)
-    tokenizer = models.load_tokenizer(settings.actor.model_path)
+    tokenizer = tokenizers.load_tokenizer(settings.actor.model_path)
     check_rewards(settings, tokenizer)
     prompts = data.load_prompts(settings, tokenizer, device.torch)
     mix = pretraining.load_mix(settings, tokenizer, device)
@@ -71,7 +72,7 @@ def train(settings: Settings, run: Path, device: Device, warned: Callable[[], bo
     updates = total_steps * settings.ppo.epochs * settings.ppo.minibatches
     actor, critic, reference, rewards = _load(settings, tokenizer, device, updates)
     average = ema.Average(actor, settings.ema.decay) if settings.ema.enabled else None
-    end_tokens = models.end_tokens(actor.module, tokenizer)
+    end_tokens = tokenizers.end_tokens(actor.module, tokenizer)
     padding = end_tokens[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     sampling = rollouts.sampling(settings, tokenizer, end_tokens, padding, device)
     # From here on the ranks must differ: the same seed would sample the same answers.
@@ -181,10 +182,10 @@ def _load(
     def prepared(role: str, own: Actor | Critic) -> Any:
         if isinstance(own, Actor):
             chunk = settings.ppo.logprob_chunk
-            model: Any = models.load_policy(own.model_path, settings.dtype, own.dropout, chunk)
+            model: Any = loading.load_policy(own.model_path, settings.dtype, own.dropout, chunk)
         else:
-            model = models.load_scorer(own.model_path, settings.dtype, own.dropout)
-        models.check_vocabulary(tokenizer, role, model)
+            model = loading.load_scorer(own.model_path, settings.dtype, own.dropout)
+        tokenizers.check_vocabulary(tokenizer, role, model)
         if own.cp_act:
             model.inner.gradient_checkpointing_enable({"use_reentrant": False})
         if settings.lora.dim:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hlrlhf.settings import Settings
-from hlrlhf.trainer import flops, frozen, models
+from hlrlhf.trainer import flops, frozen, tokenizers
 from hlrlhf.trainer.device import Device
 from hlrlhf.trainer.errors import TrainerError
 from hlrlhf.trainer.rollout import Rollout
@@ -135,7 +135,7 @@ def check_rewards(settings: Settings, tokenizer: Any) -> None:
     if settings.reward.function is not None:
         imported(settings.reward.function)
     path = settings.critic.model_path
-    if _foreign(models.held_tokenizer(path), tokenizer):
+    if _foreign(tokenizers.held_tokenizer(path), tokenizer):
         raise TrainerError(
             f"{path}: the critic's tokenizer is not the actor's, whose tokens it reads; set "
             "HL_CRITIC_MODEL_PATH to a model that shares it. As a reward model this one can serve: "
@@ -193,7 +193,7 @@ def _foreign(held: Any | None, tokenizer: Any) -> bool:
 def _own_tokenizer(settings: Settings, tokenizer: Any) -> Any | None:
     """The reward model's tokenizer, or None when the model works on the actor's tokens."""
     path = frozen.reward_path(settings)
-    held = models.held_tokenizer(path)
+    held = tokenizers.held_tokenizer(path)
     if settings.reward.own_tokenizer:
         if held is None:
             raise TrainerError(
