@@ -290,16 +290,41 @@ def test_the_adapter_on_the_base_is_the_merged_actor(adapters_only: Run, demo_mo
     assert head.equal(adapters_only.weights("critic")["score.weight"])
 
 
-def test_lora_beside_all_other_weights(trained: Trained, demo_models: Path) -> None:
-    run = trained(**ADAPTERS)
-    start = load_file(demo_models / "actor" / "model.safetensors")
-    assert all(not torch.equal(value, start[name]) for name, value in run.weights("actor").items())
-    assert {path.name for path in (run.directory / "checkpoints" / "final").iterdir()} == {
+def test_lora_trains_beside_all_weights_that_have_no_adapter(
+    trained: Trained, demo_models: Path
+) -> None:
+    """On two ranks under ZeRO-3; frozen matrices move by their adapters alone."""
+    run = trained(2, mbs=2, **ADAPTERS, **zero(3))
+    saved = run.directory / "checkpoints" / "final"
+    assert {path.name for path in saved.iterdir()} == {
         "actor",
         "actor-adapter",
         "critic",
         "critic-adapter",
     }
+    for role, folder in (("actor", "actor"), ("critic", "reward-hf")):
+        start = load_file(demo_models / folder / "model.safetensors")
+        adapter = load_file(saved / f"{role}-adapter" / "adapter_model.safetensors")
+        wrapped = 0
+        for name, value in run.weights(role).items():
+            assert not torch.equal(value, start[name]), name
+            stem = f"base_model.model.{name.removesuffix('.weight')}"
+            if f"{stem}.lora_B.weight" in adapter:
+                wrapped += 1
+                product = adapter[f"{stem}.lora_B.weight"] @ adapter[f"{stem}.lora_A.weight"]
+                assert torch.equal(start[name] + 0.25 * product, value), name
+        assert wrapped == 14, "7 linear layers in each of 2 blocks"
+    counts = json.loads((run.directory / "parameters.json").read_text())
+    for role, count in counts.items():
+        matrices = sum(
+            value.numel()
+            for name, value in run.weights(role).items()
+            if "layers." in name and value.ndim > 1
+        )
+        assert count["total"] - count["trainable"] == matrices
+        said = f"{role}: {count['trainable']:,} of {count['total']:,} parameters train"
+        assert said in run.output[0]
+    assert counts.keys() == {"actor", "critic"}
 
 
 def test_the_saved_models_load_anywhere(trained: Trained, demo_models: Path) -> None:

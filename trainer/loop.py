@@ -23,6 +23,7 @@ from hlrlhf.trainer import (
     loading,
     lora,
     measures,
+    models,
     ppo,
     pretraining,
     tokenizers,
@@ -88,6 +89,8 @@ def train(settings: Settings, run: Path, device: Device, warned: Callable[[], bo
         if settings.tensorboard_path:
             board = Path(settings.tensorboard_path, run.name)
         recorder = Recorder(run, board, total_steps)
+        trained = {"actor": actor.module, "critic": critic.module}
+        recorder.models({role: models.parameters(model) for role, model in trained.items()})
         print(f"{total_steps} steps of {settings.gbs} prompts on {settings.world_size} ranks")
 
     kl = ppo.KlController(

@@ -18,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from hlrlhf.trainer.engine import summed
+from hlrlhf.trainer.models import Parameters
 
 # Shown on the line of a step; metrics.jsonl and TensorBoard have all.
 SHOWN = ("reward", "kl", "length", "actor_loss", "critic_loss")
@@ -51,6 +52,7 @@ class Recorder:
     """
 
     def __init__(self, run: Path, tensorboard: Path, total_steps: int):
+        self._run = run
         self._metrics = (run / "metrics.jsonl").open("a", encoding="utf-8")
         self._samples = (run / "samples.jsonl").open("a", encoding="utf-8")
         self._evaluations = run / "evaluations.jsonl"
@@ -61,6 +63,14 @@ class Recorder:
         self._rewards: list[float] = []
         self._began = time.perf_counter()
         self._bar = tqdm(total=total_steps, unit="step") if sys.stderr.isatty() else None
+
+    def models(self, trained: dict[str, Parameters]) -> None:
+        """Record and print how many parameters train, by the model's role."""
+        record = {role: parameters._asdict() for role, parameters in trained.items()}
+        text = json.dumps(record, indent=2) + "\n"
+        (self._run / "parameters.json").write_text(text, encoding="utf-8")
+        for role, (trainable, total) in trained.items():
+            print(f"{role}: {trainable:,} of {total:,} parameters train")
 
     def step(self, values: dict[str, float]) -> None:
         """Record the next step.

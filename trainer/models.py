@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -143,6 +143,22 @@ class Scorer(nn.Module):
         ).last_hidden_state
         scores: Tensor = (head or self.head)(hidden[:, -answer_width - 1 :]).squeeze(-1)
         return scores.float()
+
+
+class Parameters(NamedTuple):
+    """Numbers in a model's weights: those that train, and all."""
+
+    trainable: int
+    total: int
+
+
+def parameters(model: nn.Module) -> Parameters:
+    """The parameters of a model, partitioned by ZeRO-3 or not."""
+    counts = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    return Parameters(
+        trainable=sum(count for count, trains in counts if trains),
+        total=sum(count for count, _ in counts),
+    )
 
 
 def unwrapped(model: Any) -> Any:
