@@ -128,6 +128,21 @@ def test_precision(tmp_path: Path, dtype: str, expected: torch.dtype) -> None:
     assert loaded[0](ids, mask, 1, 1.0).dtype == torch.float32
 
 
+def test_scalars_are_made_in_fp32_of_bf16_states(tmp_path: Path) -> None:
+    scorer = loading.load_scorer(str(tiny.save_classifier(tmp_path, "llama")), "bf16", 0.0).eval()
+    states: list[Any] = []
+    scorer.head.register_forward_hook(lambda _, inputs, __: states.append(inputs[0]))
+
+    found = scores(scorer, 2)
+
+    (hidden,) = states
+    assert hidden.dtype == torch.bfloat16
+    expected = (hidden.double() @ scorer.head.weight.double().T).squeeze(-1)
+    # Of products of 8-bit numbers; fp32 rounds their sum of 32 in 2^-24 each. bf16 would in 2^-9.
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=32 * 2**-24 * 64)
+    assert (found != found.bfloat16()).any()
+
+
 # 2. Strictness.
 
 

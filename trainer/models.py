@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from hlrlhf.trainer import ppo
@@ -96,12 +97,26 @@ class Policy(nn.Module):
         return sequences
 
 
+class Head(nn.Linear):
+    """A layer that makes a scalar of a hidden state, in fp32 whatever the weights are kept in.
+
+    bf16 would round a value near 5 to the next 1/32.
+    """
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Scalars [..., 1] of hidden states [..., h]."""
+        bias = None if self.bias is None else self.bias.float()
+        return linear(hidden.float(), self.weight.float(), bias)
+
+
 class Scorer(nn.Module):
     """A sequence classifier with one label whose forward gives a scalar for every token."""
 
     def __init__(self, classifier: Any):
         super().__init__()
         self.classifier = classifier
+        # The layer that is there, weights and all, with another forward.
+        classifier.score.__class__ = Head
 
     @property
     def inner(self) -> Any:
@@ -142,7 +157,7 @@ class Scorer(nn.Module):
             **_positions(backbone, attention_mask),
         ).last_hidden_state
         scores: Tensor = (head or self.head)(hidden[:, -answer_width - 1 :]).squeeze(-1)
-        return scores.float()
+        return scores
 
 
 class Parameters(NamedTuple):
