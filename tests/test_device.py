@@ -129,8 +129,9 @@ def test_lazy_mode_with_graphs_end_to_end(demo_models: Path, tmp_path: Path) -> 
     assert count["FusedAdamW lr=0.001 betas=(0.9, 0.95) eps=1e-08"] == 2
     assert count["synchronize"] == 6, "three clocked parts of two steps"
     # Per step: after the rollout, then two micro batches each for the reference, for actor and
-    # critic, for the reward model, and for the update of each trained one.
-    assert count["mark_step"] == 2 * (1 + 2 + 2 + 2 + 2 * 2)
+    # critic, for the reward model, and for the update of each trained one. And one to check the
+    # first rollout with.
+    assert count["mark_step"] == 2 * (1 + 2 + 2 + 2 + 2 * 2) + 1
     assert run.metrics[0]["peak_memory_bytes"] == 3 << 30
     # One graph per rollout; what comes between its making and its end is generation only.
     parts = [call for call in calls if call.startswith(("wrap", "clear", "mark", "graph"))]

@@ -17,12 +17,13 @@ torch = pytest.importorskip("torch")
 
 import tiny  # noqa: E402
 from ranks import prepare, read_lines  # noqa: E402
+from test_agreement import as_it_is, shifted  # noqa: E402
 from tiny import EOS, PAD, one_rank  # noqa: E402, F401
 from torch.utils import cpp_extension  # noqa: E402
 from transformers import Qwen2Config  # noqa: E402
 
 from hlrlhf.settings.layers import load  # noqa: E402
-from hlrlhf.trainer import engine, hybrid, loading, loop, models, rollout  # noqa: E402
+from hlrlhf.trainer import engine, hybrid, loop  # noqa: E402
 from hlrlhf.trainer.errors import TrainerError  # noqa: E402
 
 PROMPTS = [[1, 5, 6, 7, 8, 9], [1, 30], [1, 11, 12], [1, 4]]
@@ -75,103 +76,18 @@ def test_a_model_that_is_not_there() -> None:
         hybrid.check(asked())
 
 
-# 2. First tokens.
-
-
-class StandIn:
-    """An engine whose ``generate`` reads logits through `kernel` between eval() and train().
-
-    Args:
-        engine: around a policy.
-        kernel: makes the logits of the head's own and its input.
-    """
-
-    def __init__(self, engine: Any, kernel: Kernel):
-        self._engine = engine
-        self._kernel = kernel
-        self._head = engine.module.lm.get_output_embeddings()
-        self._plain = self._head.forward
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
-
-    def __call__(self, *inputs: Any) -> Any:
-        return self._engine(*inputs)
-
-    def eval(self) -> None:
-        self._head.forward = lambda hidden: self._kernel(self._plain(hidden), hidden)
-        self._engine.eval()
-
-    def train(self) -> None:
-        self._head.forward = self._plain
-        self._engine.train()
-
-
-def right(logits: Any, hidden: Any) -> Any:
-    return logits
-
-
-def wrong(logits: Any, hidden: Any) -> Any:
-    return logits.roll(1, -1)
-
-
-def second_best(logits: Any, hidden: Any) -> Any:
-    return logits.masked_fill(logits == logits.max(-1, keepdim=True).values, -1e9)
-
-
-def policy(tmp_path: Path) -> models.Policy:
-    return loading.load_policy(str(tiny.save_policy(tmp_path, "llama")), "fp32", 0.3)
-
-
-def compare(module: models.Policy, kernel: Kernel, settings: Any = None) -> None:
-    settings = settings or asked()
-    device = tiny.cpu(settings)
-    sampling = rollout.sampling(settings, None, [EOS], PAD, device)
-    actor = StandIn(tiny.Engine(module), kernel)
-    hybrid.check_first_tokens(actor, PROMPTS, sampling, settings, device)
-    assert actor._head.forward == actor._plain, "scoring goes without the kernels"
+# 2. What it generates.
 
 
 @pytest.mark.usefixtures("one_rank")
-def test_right_tokens_pass_and_wrong_ones_stop_the_run(tmp_path: Path) -> None:
-    module = policy(tmp_path)
-    # A checkpoint may ask for anything: here for one token only, which would hide all mistakes.
-    module.lm.generation_config.suppress_tokens = list(range(tiny.VOCABULARY - 1))
-    compare(module, right)
-    with pytest.raises(TrainerError, match=r"wrong for 4 of 4 prompts.*HL_HYBRID_ENGINE=0"):
-        compare(module, wrong)
-
-
-@pytest.mark.usefixtures("one_rank")
-def test_a_token_that_is_nearly_as_likely_is_right(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The second best everywhere: right with a margin as wide as the widest gap to the best."""
-    module = policy(tmp_path).eval()
-    gaps = []
-    with torch.no_grad():
-        for prompt in PROMPTS:
-            best = module.lm(torch.tensor([prompt])).logits[0, -1].topk(2).values
-            gaps.append(float(best[0] - best[1]))
-    monkeypatch.setattr(hybrid, "MARGIN", max(gaps) + 1e-3)
-    compare(module, second_best)
-    monkeypatch.setattr(hybrid, "MARGIN", max(gaps) - 1e-3)
-    with pytest.raises(TrainerError, match="wrong for 1 of 4"):
-        compare(module, second_best)
-
-
-@pytest.mark.usefixtures("one_rank")
-def test_kernels_that_fail_are_told_as_such(tmp_path: Path) -> None:
-    def broken(logits: Any, hidden: Any) -> Any:
+def test_kernels_that_fail_are_told_as_such() -> None:
+    with (
+        pytest.raises(TrainerError, match=r"cannot generate: .*shapes differ.*HL_HYBRID_ENGINE=0"),
+        hybrid.generating(asked()),
+    ):
         raise RuntimeError("shapes differ")
-
-    with pytest.raises(TrainerError, match=r"cannot generate: .*shapes differ.*HL_HYBRID_ENGINE=0"):
-        compare(policy(tmp_path), broken)
-
-
-@pytest.mark.usefixtures("one_rank")
-def test_without_the_hybrid_engine_nothing_is_compared(tmp_path: Path) -> None:
-    compare(policy(tmp_path), wrong, tiny.settings())
+    with pytest.raises(RuntimeError, match="shapes differ"), hybrid.generating(tiny.settings()):
+        raise RuntimeError("shapes differ")
 
 
 class StaleCopy:
@@ -198,7 +114,8 @@ def test_a_run_stops_before_it_trains_on_wrong_answers(
         if own is not asking.actor:
             return made
         head = model.lm.get_output_embeddings()
-        return StandIn(made, {"wrong": wrong, "right": right, "stale": StaleCopy(head)}[kernel])
+        kernels = {"wrong": shifted, "right": as_it_is, "stale": StaleCopy(head)}
+        return tiny.Kernels(made, kernels[kernel])
 
     plain = engine.trained
     monkeypatch.setattr(engine, "trained", trained)

@@ -6,7 +6,7 @@ Weights are drawn far wider than for training, so that every token, position and
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +88,11 @@ def step2_weights(model: Any) -> dict[str, torch.Tensor]:
     }
 
 
-def save_step2(folder: Path, architecture: str, **options: Any) -> Path:
+def save_step2(folder: Path, architecture: str, seed: int = 2, **options: Any) -> Path:
     """The same classifier as DeepSpeed-Chat's step 2 saves it: the base model's configuration."""
-    model = classifier(architecture, **options)
+    model = classifier(architecture, seed, **options)
     folder.mkdir(parents=True)
-    config(architecture).save_pretrained(folder)
+    config(architecture, **options).save_pretrained(folder)
     torch.save(step2_weights(model), folder / "pytorch_model.bin")
     return folder
 
@@ -187,3 +187,37 @@ class Engine:
 
     def zero_optimization_stage(self) -> int:
         return 0
+
+
+# Makes the logits of a head's own and of its input.
+Kernel = Callable[[Any, Any], Any]
+
+
+class Kernels:
+    """An engine that puts a kernel in for the head between eval() and train(), as the hybrid does.
+
+    Args:
+        engine: around a policy.
+        kernel: takes the place of the head.
+    """
+
+    def __init__(self, engine: Any, kernel: Kernel):
+        self._engine = engine
+        self._kernel = kernel
+        self._head = engine.module.lm.get_output_embeddings()
+        self._plain = self._head.forward
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def __call__(self, *inputs: Any) -> Any:
+        assert self._head.forward == self._plain, "scoring goes without the kernels"
+        return self._engine(*inputs)
+
+    def eval(self) -> None:
+        self._head.forward = lambda hidden: self._kernel(self._plain(hidden), hidden)
+        self._engine.eval()
+
+    def train(self) -> None:
+        self._head.forward = self._plain
+        self._engine.train()

@@ -1,26 +1,18 @@
-"""DeepSpeed's hybrid engine: refused where it cannot run, and never believed unchecked."""
+"""DeepSpeed's hybrid engine: refused where it cannot run; `agreement` checks what it says."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.functional import pad
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from hlrlhf.settings import Settings
-from hlrlhf.trainer import data
-from hlrlhf.trainer.device import Device
-from hlrlhf.trainer.engine import summed
 from hlrlhf.trainer.errors import TrainerError
 from hlrlhf.trainer.loading import UNREADABLE
-from hlrlhf.trainer.rollout import Sampling
 
-# Nats. bf16 has 8 bits: logits near 30 are apart by an eighth, and two kernels round each sum
-# another way. What a wrong kernel prefers is many nats below the best.
-MARGIN = 1.0
 OFF = "set HL_HYBRID_ENGINE=0"
 
 
@@ -37,68 +29,17 @@ def check(settings: Settings) -> None:
         raise TrainerError(f"hybrid_engine = true, but {lacking}; {OFF}")
 
 
-def check_first_tokens(
-    actor: Any, prompts: list[list[int]], sampling: Sampling, settings: Settings, device: Device
-) -> None:
-    """Stop when the hybrid engine would begin an answer otherwise than the model itself.
-
-    Its kernels hold copies of the weights, so an update is reason to ask again. All ranks have to
-    call it; without the hybrid engine it does nothing.
-
-    Args:
-        actor: the engine around the policy.
-        prompts: token ids, this rank's.
-        sampling: names the padding and the end tokens.
-        settings: all of them.
-        device: the rank's.
-
-    Raises:
-        TrainerError: on all ranks, when a likeliest token is wrong on any: its log-prob under the
-            model itself is more than `MARGIN` below the best.
-    """
-    if not settings.hybrid_engine:
-        return
-    wrong = (_first_token_gaps(actor, prompts, sampling.config, device) > MARGIN).sum()
-    if total := int(summed(wrong.float())):
-        raise TrainerError(
-            f"the first token that DeepSpeed's hybrid engine generates is wrong for {total} of "
-            f"{settings.gbs} prompts: more than {MARGIN:g} nats less likely than the one that the "
-            f"model itself generates; {OFF}"
-        )
-
-
-@torch.no_grad()
-def _first_token_gaps(
-    actor: Any, prompts: list[list[int]], config: GenerationConfig, device: Device
-) -> Tensor:
-    """[b], nats by which the hybrid engine's likeliest tokens are less likely than the best."""
-    ids, mask = data.pad_left(prompts, config.pad_token_id, device.pad_to)
-    ids, mask = ids.to(device.torch), mask.to(device.torch)
-    greedy = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=1,
-        pad_token_id=config.pad_token_id,
-        eos_token_id=config.eos_token_id,
-    )
-    policy = actor.module
-    # Here too generate() would fill in from the checkpoint what a call leaves unset.
-    policy.lm.generation_config = greedy
-    arguments = {"input_ids": ids, "attention_mask": mask, "generation_config": greedy}
-    # Through the engine, which puts its kernels in for eval() and takes them out for train().
-    actor.eval()
+@contextmanager
+def generating(settings: Settings) -> Iterator[None]:
+    """Say whose kernels failed, when something fails inside."""
     try:
-        fast = policy.generate(**arguments)
+        yield
     except Exception as error:  # whatever kernels that do not fit the model run into
+        if not settings.hybrid_engine:
+            raise
         raise TrainerError(
             f"DeepSpeed's hybrid engine cannot generate: {error!r}; {OFF}"
         ) from error
-    actor.train()
-    policy.eval()
-    plain = policy.lm.generate(**arguments)
-    attended = pad(mask, (0, 1), value=1)
-    best, found = (policy(sequences, attended, 1, 1.0).squeeze(-1) for sequences in (plain, fast))
-    gaps: Tensor = best - found
-    return gaps
 
 
 def _kernels_lack() -> str | None:

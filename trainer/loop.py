@@ -13,6 +13,7 @@ import torch.distributed as dist
 from hlrlhf.settings import Settings
 from hlrlhf.settings.schema import Actor, Critic
 from hlrlhf.trainer import (
+    agreement,
     checkpoint,
     data,
     ema,
@@ -30,6 +31,7 @@ from hlrlhf.trainer import (
 )
 from hlrlhf.trainer import experience as experiences
 from hlrlhf.trainer import rollout as rollouts
+from hlrlhf.trainer.agreement import Witness
 from hlrlhf.trainer.device import Device
 from hlrlhf.trainer.errors import TrainerError
 from hlrlhf.trainer.evaluation import Evaluation
@@ -117,13 +119,17 @@ def train(settings: Settings, run: Path, device: Device, warned: Callable[[], bo
         # In turn, so that a part of each rank's rows is a part of the global batch's, in order.
         batch = prompts.batch(step, settings.gbs)[rank :: settings.world_size]
         asked = [prompts.ids[i] for i in batch]
-        if step < 2:  # the weights as loaded, and as the first update left them
-            hybrid.check_first_tokens(actor, asked, sampling, settings, device)
         if step == 0:
             evaluated(0)
             began = time.perf_counter()
         clock = measures.Clock(device)
-        rollout = rollouts.generate(actor, asked, sampling, device)
+        # The first shows whether generation is the policy's own; the one after the first update,
+        # whether kernels with copies of the weights have learnt of it.
+        witness = Witness(settings) if step < 1 + settings.hybrid_engine else None
+        with hybrid.generating(settings):
+            rollout = rollouts.generate(actor, asked, sampling, device, witness)
+        if witness is not None:
+            agreement.check(witness, actor, rollout, sampling, settings, device)
         clock.lap("generate_seconds")
         experience = experiences.score(
             rollout, actor, critic, reference, rewards, settings, device, kl.coefficient

@@ -13,7 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import GenerationConfig, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+)
 
 from hlrlhf.settings import Settings
 from hlrlhf.trainer import data, models
@@ -91,7 +96,13 @@ def sampling(
 
 
 @torch.no_grad()
-def generate(actor: Any, prompts: list[list[int]], sampling: Sampling, device: Device) -> Rollout:
+def generate(
+    actor: Any,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    device: Device,
+    witness: LogitsProcessor | None = None,
+) -> Rollout:
     """Sample one answer to each prompt.
 
     Args:
@@ -99,6 +110,7 @@ def generate(actor: Any, prompts: list[list[int]], sampling: Sampling, device: D
         prompts: token ids, this rank's.
         sampling: how.
         device: the rank's.
+        witness: sees the logits [b, v] of every token before temperature and truncation.
     """
     config = sampling.config
     ids, mask = data.pad_left(prompts, config.pad_token_id, device.pad_to)
@@ -120,6 +132,7 @@ def generate(actor: Any, prompts: list[list[int]], sampling: Sampling, device: D
             input_ids=ids.to(device.torch),
             attention_mask=mask.to(device.torch),
             generation_config=config,
+            logits_processor=LogitsProcessorList([witness] if witness else []),
             stopping_criteria=StoppingCriteriaList([stops] if stops else []),
             **extra,
         )

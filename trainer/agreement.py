@@ -1,0 +1,103 @@
+"""What answers were sampled from, held against what scores them.
+
+Generation goes other ways through a model than scoring does: caches, kernels with copies of the
+weights, graphs. PPO takes the two for one policy and is wrong, without a word, where they are not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+
+from hlrlhf.settings import Settings
+from hlrlhf.trainer.device import Device
+from hlrlhf.trainer.engine import summed
+from hlrlhf.trainer.errors import TrainerError
+from hlrlhf.trainer.rollout import Rollout, Sampling
+
+# Nats per token, on average. bf16 has 8 bits: a logit near 30 is rounded by up to a sixteenth, on
+# either way. In fp32 that is 2^16 times less.
+MARGINS = {"bf16": 0.2, "fp32": 0.01}
+# What is looked at of a micro batch: the logits of all would take up gigabytes.
+ROWS, TOKENS = 4, 32
+
+
+class Witness(LogitsProcessor):  # type: ignore[misc]
+    """Keeps the logits that the first tokens of a rollout's first rows are sampled from.
+
+    One of `rollout.generate`'s logits processors, which come before temperature and truncation.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._rows = min(ROWS, settings.mbs)
+        self._logits: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """`scores` [b, v], as they are."""
+        if len(self._logits) < TOKENS:
+            self._logits.append(scores[: self._rows].detach().cpu())
+        return scores
+
+    def logprobs(self, rollout: Rollout, temperature: float) -> Tensor:
+        """Of the tokens that were sampled, [rows, tokens] in fp32 and on the CPU."""
+        logits = torch.stack(self._logits, dim=1).float() / temperature
+        answers = rollout.sequences[: len(logits), -rollout.answer_width :].cpu()
+        logits = logits[:, : answers.shape[1]]
+        sampled = answers[:, : logits.shape[1]].unsqueeze(-1)
+        return logits.log_softmax(-1).gather(-1, sampled).squeeze(-1)
+
+
+@torch.no_grad()
+def check(
+    witness: Witness,
+    actor: Any,
+    rollout: Rollout,
+    sampling: Sampling,
+    settings: Settings,
+    device: Device,
+) -> None:
+    """Stop when a rollout was sampled from another distribution than scoring finds.
+
+    All ranks have to call it.
+
+    Args:
+        witness: of the rollout.
+        actor: the engine around the policy.
+        rollout: this rank's.
+        sampling: how its answers were sampled.
+        settings: all of them.
+        device: the rank's.
+
+    Raises:
+        TrainerError: on all ranks, when log-probs are apart by more than `MARGINS` on average.
+    """
+    temperature = settings.generation.temperature
+    sampled = witness.logprobs(rollout, temperature)
+    rows, tokens = sampled.shape
+    # Without dropout, and not through the engine: its eval() may put kernels in.
+    actor.module.eval()
+    # A whole micro batch: a shape that scoring has too.
+    sequences, mask = rollout.sequences[: settings.mbs], rollout.attention_mask[: settings.mbs]
+    scored = actor(sequences, mask, rollout.answer_width, temperature)[:rows, :tokens].cpu()
+    device.step_done()
+    counted = rollout.answer_mask[:rows, :tokens].cpu().clone()
+    # Before the shortest answer is reached, ends are taken out of what is sampled from.
+    counted[:, : sampling.config.min_new_tokens or 0] = False
+    apart = torch.where(counted, (sampled - scored).abs(), 0)
+    total, count = summed(torch.stack([apart.sum(), counted.sum()]).to(device.torch)).tolist()
+    mean, margin = total / max(1, count), MARGINS[settings.dtype]
+    if mean <= margin:
+        return
+    model = type(actor.module.lm).__name__
+    remedy = "its generation cannot be used here"
+    if settings.hybrid_engine:
+        remedy = "set HL_HYBRID_ENGINE=0"
+    elif device.static_cache:
+        remedy += ", with a static cache"
+    raise TrainerError(
+        f"the tokens of this rollout were sampled from other log-probs than the policy's own: "
+        f"apart by {mean:.3g} nats on average, {margin:g} allowed ({model}); {remedy}"
+    )
