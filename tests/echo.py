@@ -63,8 +63,14 @@ def best(kl_coefficient: float) -> Best:
     return Best(reward, kl)
 
 
-def make(folder: Path) -> None:
-    """Write actor, critic and prompts, which are two or three letters long."""
+def make(folder: Path, *, frozen_head: bool = False) -> None:
+    """Write actor, critic and prompts, which are two or three letters long.
+
+    Args:
+        folder: which exists.
+        frozen_head: whether the actor is to learn without training its head, which therefore tells
+            letters apart from the start; the reference then prefers some.
+    """
     vocabulary = {token: index for index, token in enumerate([END, *LETTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
@@ -86,7 +92,8 @@ def make(folder: Path) -> None:
         torch.manual_seed(1)
         actor = LlamaForCausalLM(LlamaConfig(**config))
         critic = LlamaForSequenceClassification(LlamaConfig(**config, num_labels=1))
-    torch.nn.init.zeros_(actor.lm_head.weight)
+    if not frozen_head:
+        torch.nn.init.zeros_(actor.lm_head.weight)
     torch.nn.init.zeros_(critic.score.weight)
     for name, model in (("actor", actor), ("critic", critic)):
         model.save_pretrained(folder / name)

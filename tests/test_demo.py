@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -227,19 +229,49 @@ def test_models_that_are_there_are_not_made_again(
     prepare(demo_settings())
 
 
-def test_from_nothing_to_a_kinder_actor(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held_out: list[dict[str, str]]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    command = [sys.executable, "-m", "hlrlhf", "submit", "--preset", "demo", "--local"]
-    subprocess.run(command, check=True, timeout=400)
-    run = tmp_path / "demo" / "runs" / "demo"
-    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    rewards = [step["reward"] for step in steps]
-    assert len(rewards) == 40
-    assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 2.5
-    actor = AutoModelForCausalLM.from_pretrained(run / "checkpoints" / "final" / "actor")
-    tokenizer = AutoTokenizer.from_pretrained(run / "checkpoints" / "final" / "actor")
+@dataclass(frozen=True)
+class Finished:
+    """A demo run: its directory, and the mean reward of each step."""
+
+    directory: Path
+    rewards: list[float]
+
+    @property
+    def gain(self) -> float:
+        """Of the last tenth of the steps, over four of the first."""
+        return fmean(self.rewards[-len(self.rewards) // 10 :]) - fmean(self.rewards[:4])
+
+
+def from_nothing(folder: Path, *flags: str) -> Finished:
+    """``hlrlhf submit --preset demo --local`` in an empty folder."""
+    settings = [part for flag in flags for part in ("--set", flag)]
+    command = [sys.executable, "-m", "hlrlhf", "submit", "--preset", "demo", "--local", *settings]
+    subprocess.run(command, check=True, timeout=600, cwd=folder)
+    run = folder / "demo" / "runs" / "demo"
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return Finished(run, [json.loads(line)["reward"] for line in lines])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """The demo as it is."""
+    return from_nothing(tmp_path_factory.mktemp("demo"))
+
+
+def test_from_nothing_to_a_kinder_actor(finished: Finished, held_out: list[dict[str, str]]) -> None:
+    assert len(finished.rewards) == 40
+    assert finished.gain > 2.5
+    final = finished.directory / "checkpoints" / "final" / "actor"
+    actor = AutoModelForCausalLM.from_pretrained(final)
+    tokenizer = AutoTokenizer.from_pretrained(final)
     batch = tokenizer(held_out[0]["prompt"], return_tensors="pt")
     sequence = actor.generate(batch["input_ids"], do_sample=False, max_new_tokens=24)[0]
     assert sequence[-1] == tokenizer.eos_token_id
+
+
+def test_adapters_alone_learn_as_much_in_twice_the_steps(
+    finished: Finished, tmp_path: Path
+) -> None:
+    adapters = from_nothing(tmp_path, "lora.dim=64", "only_optimize_lora=true", "epochs=2")
+    assert len(adapters.rewards) == 80
+    assert adapters.gain > 0.8 * finished.gain

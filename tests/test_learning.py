@@ -6,6 +6,7 @@ Bounds stand well outside of what ten seeds showed; the figures are in docs/lear
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.slow
 import echo  # noqa: E402
 from ranks import train  # noqa: E402
 
-from hlrlhf.settings import layers  # noqa: E402
+from hlrlhf.settings import layers, resolve  # noqa: E402
 
 Metrics = list[dict[str, Any]]
 
@@ -37,17 +38,24 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[float, int], Me
     def metrics(run: tuple[float, int]) -> Metrics:
         kl_coefficient, seed = run
         directory = models / f"{kl_coefficient:g}-{seed}"
-        directory.mkdir()
-        flags = echo.flags(models, directory, seed, kl_coefficient)
-        settings = layers.dump(layers.resolve(environ={}, flags=flags))
-        (directory / "settings.yaml").write_text(settings, encoding="utf-8")
-        trained = train(directory)
-        assert trained.codes == [0], trained.output
-        return trained.metrics
+        return finished(models, directory, seed, kl_coefficient)
 
     chosen = [(KL_COEFFICIENT, seed) for seed in SEEDS] + [(0.0, 1), (1.0, 1)]
     with ThreadPoolExecutor(2) as two:
         return dict(zip(chosen, two.map(metrics, chosen), strict=True))
+
+
+def finished(
+    models: Path, directory: Path, seed: int, kl_coefficient: float, *flags: str
+) -> Metrics:
+    """The metrics of a run in a directory of its own."""
+    directory.mkdir()
+    chosen = [*echo.flags(models, directory, seed, kl_coefficient), *flags]
+    settings = layers.dump(layers.resolve(environ={}, flags=chosen))
+    (directory / "settings.yaml").write_text(settings, encoding="utf-8")
+    trained = train(directory)
+    assert trained.codes == [0], trained.output
+    return trained.metrics
 
 
 def mean(metrics: Metrics, name: str, steps: slice = LATE) -> float:
@@ -84,3 +92,29 @@ def test_a_larger_kl_coefficient_ends_nearer_to_the_reference(
     assert free > 0.9 * echo.best(0).kl
     assert 0.5 * free > middle * 0.8
     assert held < 0.1 * middle
+
+
+@pytest.mark.knob("only_optimize_lora", "lora.actor_lr")
+def test_adapters_alone_find_it_in_twice_the_steps(tmp_path: Path) -> None:
+    """At the llama2-7b preset's rates; its scaling, 1 / 64, is one for matrices that are wider."""
+    echo.make(tmp_path, frozen_head=True)
+    rates = resolve(preset="llama2-7b", allow_missing=True).settings.lora
+    adapters = (
+        "only_optimize_lora=true",
+        f"lora.dim={rates.dim}",
+        f"lora.actor_lr={rates.actor_lr}",
+        f"lora.critic_lr={rates.critic_lr}",
+        f"lora.alpha={4 * rates.dim}",
+    )
+    with ThreadPoolExecutor(2) as two:
+        runs = [
+            two.submit(finished, tmp_path, tmp_path / name, 1, KL_COEFFICIENT, *flags)
+            for name, flags in (("full", ["run_steps=30"]), ("adapters", adapters))
+        ]
+    full, alone = (run.result() for run in runs)
+
+    start = full[0]["reward"]
+    assert alone[0]["reward"] == pytest.approx(start, abs=1e-6), "the same answers"
+    gain = mean(full, "reward", slice(20, 30)) - start
+    assert gain > 0.3
+    assert mean(alone, "reward", slice(50, 60)) - start > 0.8 * gain

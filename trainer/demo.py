@@ -186,10 +186,14 @@ def train_actor(tokenizer: Any, rows: Rows) -> Any:
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
     }
+    width = 64
     actor: Any = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=64,
+            hidden_size=width,
+            # As 0.02 is for the widths of Llama. Words that are alike here would be so for good
+            # where embeddings and head are frozen, as with adapters alone.
+            initializer_range=width**-0.5,
             intermediate_size=192,
             num_hidden_layers=2,
             num_attention_heads=4,
