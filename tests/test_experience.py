@@ -74,7 +74,7 @@ def score(case: Case, prompts: Any = PROMPTS, answers: Any = ANSWERS) -> experie
     actor, critic, reference, reward = case.load()
     device = tiny.cpu(case.settings)
     # Nothing is decoded here, so no tokenizer is needed.
-    scores = ModelScores(reward, None, None, case.settings, device)
+    scores = ModelScores(reward, None, None, "end", case.settings, device)
     return experience.score(
         tiny.rolled_out(prompts, answers),
         tiny.Engine(actor),
@@ -262,15 +262,15 @@ def test_the_end_token_carries_the_score() -> None:
     assert found.scores.tolist() == [3.0, -9.0, 2.0]
 
 
-def test_the_token_before_the_end_carries_the_score_when_asked() -> None:
-    flags = ("ppo.gae_lambda=0", "ppo.gamma=0", "reward.clip=5", "reward.score_at=before_end")
+def test_to_end_gets_the_score_wherever_the_reward_model_is_read() -> None:
+    """Else an end would cost what comes after it, and the policy learn never to end."""
+    flags = ("ppo.gae_lambda=1", "ppo.gamma=1", "ppo.whiten_advantages=false")
+    answers, scores = [[7, 8, EOS], [EOS], [7, 8, 9]], [3.0, 2.0, 2.0]
 
-    found = assembled([[7, 8, EOS], [EOS], [7, 8, 9]], [3.0, -9.0, 2.0], *flags, kl_coefficient=0.2)
+    found = assembled(answers, scores, *flags, "reward.score_at=before_end")
 
-    torch.testing.assert_close(
-        found.returns,
-        torch.tensor([[-0.1, 2.9, -0.1], [-5.1, 0.0, 0.0], [-0.1, -0.1, 1.9]]),
-    )
+    expected = torch.tensor([[3.0, 3.0, 3.0], [2.0, 0.0, 0.0], [2.0, 2.0, 2.0]])
+    torch.testing.assert_close(found.advantages, expected)
 
 
 def test_whitening_is_over_all_tokens_of_the_batch_and_returns_come_before_it() -> None:

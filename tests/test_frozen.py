@@ -113,7 +113,7 @@ def scored(
     case: Case, actor: Any, critic: Any, reference: Any, reward: Any
 ) -> experience.Experience:
     # Nothing is decoded here, so no tokenizer is needed.
-    scores = ModelScores(reward, None, None, case.settings, case.device)
+    scores = ModelScores(reward, None, None, "end", case.settings, case.device)
     rewards = Rewards([(1.0, scores)], case.settings)
     return experience.score(
         rolled_out(), actor, critic, reference, rewards, case.settings, case.device, 0.1

@@ -22,6 +22,8 @@ from hlrlhf.trainer import demo, loading, rewards, tokenizers  # noqa: E402
 from hlrlhf.trainer.errors import TrainerError  # noqa: E402
 from hlrlhf.trainer.rewards import Normalizer, Rewards  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_rank")
+
 # Prompt, answer, and whether it ended.
 TEXTS = [
     ("Where is the boat?", " In the harbour.", True),
@@ -70,13 +72,14 @@ def raw(folders: dict[str, Path], *flags: str) -> Any:
     return loaded(folders, *flags).scores(rolled_out())
 
 
-def ends(path: Path) -> Any:
-    """What a reward model says at the last token of each answer."""
+def ends(path: Path, before: bool = False) -> Any:
+    """What a reward model says at the last token of each answer, or at the one before its end."""
     scorer = loading.load_scorer(str(path), "fp32", 0.0).eval()
     rollout = rolled_out()
     with torch.no_grad():
         every = scorer(rollout.sequences, rollout.attention_mask, rollout.answer_width)
-    return torch.stack([row[length] for row, length in zip(every, rollout.lengths, strict=True)])
+    read = rollout.lengths - rollout.has_end_token.long() * before
+    return torch.stack([row[position] for row, position in zip(every, read, strict=True)])
 
 
 # 1. Where scores come from.
@@ -105,6 +108,55 @@ def test_without_a_weight_no_reward_model_is_looked_for(folders: dict[str, Path]
     flags = ("reward.model_weight=0", "reward.model_path=/nowhere", f"reward.function={LENGTHS}")
 
     torch.testing.assert_close(raw(folders, *flags), LETTERS)
+
+
+@pytest.mark.knob("reward.score_at")
+@pytest.mark.parametrize(
+    ("architecture", "base", "before"),
+    [
+        ("bloom", None, True),
+        ("bloom", "bigscience/bloom-560m", True),
+        ("llama", None, False),
+        ("llama", "meta-llama/Llama-2-7b-hf", False),
+        # The reference asks the name, so that this one had its end token for padding.
+        ("llama", "/models/Llama-2-7b", True),
+    ],
+)
+def test_a_step_2_folder_is_read_where_it_learnt_to_be(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    architecture: str,
+    base: str | None,
+    before: bool,
+) -> None:
+    folder = tiny.save_step2(tmp_path / "rm", architecture, vocabulary=len(tiny.tokenizer()))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"_name_or_path": base}))
+    folders = {"critic": folder}
+
+    torch.testing.assert_close(raw(folders), ends(folder, before))
+    place = "before the end token" if before else "at an answer's last token"
+    assert f"{folder}: rewards are read {place}, as it learnt it" in capsys.readouterr().out
+    for score_at, expected in (("end", False), ("before_end", True)):
+        found = raw(folders, f"reward.score_at={score_at}")
+        torch.testing.assert_close(found, ends(folder, expected))
+        assert "as HL_REWARD_SCORE_AT says" in capsys.readouterr().out
+    assert not torch.allclose(ends(folder, True), ends(folder), atol=0.01)
+
+
+def test_a_trained_critic_is_no_reward_model_unless_it_is_named_as_one(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(folders["critic"], tmp_path / "critic")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {loading.ROLE: "critic"}))
+    trained = {"critic": folder}
+
+    with pytest.raises(TrainerError, match=r"a critic that hlrlhf has trained.*HL_REWARD_MODEL_P"):
+        loaded(trained)
+    for named in (folders["reward"], folder):
+        torch.testing.assert_close(raw(trained, f"reward.model_path={named}"), ends(named))
+    loaded(trained, "reward.model_weight=0", f"reward.function={LENGTHS}")
 
 
 def test_a_missing_function_is_told_before_anything_loads() -> None:
@@ -296,18 +348,7 @@ def test_two_ranks_have_one_mean_and_deviation(tmp_path: Path) -> None:
         assert torch.stack(found).numpy() == pytest.approx(expected, rel=1e-6, abs=1e-6)
 
 
-# 4. Where the score goes.
-
-
-@pytest.mark.knob("reward.score_at")
-def test_the_score_goes_to_the_end_or_to_the_token_before_it() -> None:
-    rollout = tiny.rolled_out([[1, 5]] * 4, [[7, 8, EOS], [EOS], [7, 8, 9, 10], [7, EOS]])
-
-    assert shaper().column(rollout).tolist() == [2, 0, 3, 1]
-    assert shaper("reward.score_at=before_end").column(rollout).tolist() == [1, 0, 3, 0]
-
-
-# 5. Whole runs.
+# 4. Whole runs.
 
 
 @pytest.mark.slow

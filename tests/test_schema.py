@@ -135,7 +135,7 @@ def test_unknown_field_is_refused() -> None:
         ("reward.function", "my/module.py:score", "module:function"),
         ("reward.function", "module:score()", "module:function"),
         ("reward.function_weight", "inf", "finite"),
-        ("reward.score_at", "pad", "one of end, before_end"),
+        ("reward.score_at", "pad", "one of auto, end, before_end"),
         ("dtype", "fp8", "one of bf16, fp32"),
         ("device", "gpu", "one of hpu, cuda, cpu"),
         ("container.kind", "podman", "one of none, apptainer, pyxis, docker"),

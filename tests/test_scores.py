@@ -41,10 +41,12 @@ def plain_score(classifier: Any, row: list[int]) -> float:
     return float(classifier(torch.tensor([row])).logits)
 
 
-def model_scores(folder: Path, tokenizer: Any, own: Any, *flags: str) -> scores.ModelScores:
-    settings = tiny.settings("mbs=3", "gbs=3", *flags)
+def model_scores(
+    folder: Path, tokenizer: Any, own: Any, score_at: str = "end"
+) -> scores.ModelScores:
+    settings = tiny.settings("mbs=3", "gbs=3")
     scorer = loading.load_scorer(str(folder), "fp32", 0.0).eval()
-    return scores.ModelScores(scorer, tokenizer, own, settings, tiny.cpu(settings))
+    return scores.ModelScores(scorer, tokenizer, own, score_at, settings, tiny.cpu(settings))
 
 
 def found(source: Any, rollout: Any) -> list[float]:
@@ -58,7 +60,6 @@ def found(source: Any, rollout: Any) -> list[float]:
 # 1. Reward models.
 
 
-@pytest.mark.knob("reward.score_at")
 @pytest.mark.parametrize("architecture", tiny.WITH_POSITIONS)
 @pytest.mark.parametrize(
     ("score_at", "read"),
@@ -71,7 +72,7 @@ def test_the_score_is_the_classifiers_own_at_its_token(
     folder = tiny.save_classifier(tmp_path, architecture)
     plain = AutoModelForSequenceClassification.from_pretrained(folder).eval()
 
-    source = model_scores(folder, None, None, f"reward.score_at={score_at}")
+    source = model_scores(folder, None, None, score_at)
 
     rows = zip(PROMPTS, ANSWERS, read, strict=True)
     expected = [plain_score(plain, prompt + answer[:seen]) for prompt, answer, seen in rows]
@@ -111,7 +112,7 @@ def test_encoded_again_a_row_is_as_if_it_were_alone(
     folder = tiny.save_classifier(tmp_path, architecture, vocabulary=len(own))
     plain = AutoModelForSequenceClassification.from_pretrained(folder).eval()
 
-    source = model_scores(folder, tokenizer, own, f"reward.score_at={score_at}")
+    source = model_scores(folder, tokenizer, own, score_at)
 
     expected = []
     for prompt, answer, ended in TEXTS:

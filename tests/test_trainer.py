@@ -34,7 +34,7 @@ from transformers import (  # noqa: E402
 )
 
 from hlrlhf.ports import rendezvous_port  # noqa: E402
-from hlrlhf.trainer.loading import load_scorer  # noqa: E402
+from hlrlhf.trainer.loading import load_scorer, saved_as  # noqa: E402
 
 # Of each weight tensor, relative to its norm. Largest difference seen between the runs that must
 # agree, after three steps in fp32: 6.3e-6. Losses normalised per rank instead of globally: 4.9e-3.
@@ -170,6 +170,35 @@ def test_a_run_goes_on_from_the_models_of_another(trained: Trained, demo_models:
     assert after["reward"] > before["reward"] + 0.2
     assert after["value"] != pytest.approx(before["value"], abs=0.01)
     assert after["kl"] == pytest.approx(0, abs=1e-4), "the reference starts from it too"
+    assert f"the reference is {saved / 'actor'}, which hlrlhf has trained" in second.output[0]
+    assert saved_as(str(saved / "critic")) == "critic"
+
+
+@pytest.mark.knob("reference.model_path")
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_training_goes_on_against_the_reference_that_it_once_began_with(
+    trained: Trained, demo_models: Path, ranks: int
+) -> None:
+    """On two ranks with adapters alone under ZeRO-3, where the actor would be its own reference."""
+    spread = {"mbs": 2, "only_optimize_lora": 1} | ADAPTERS | zero(3) if ranks == 2 else {}
+    held_out = {"evaluation__interval": 3, "evaluation__prompts": 8}
+    first = trained(**held_out)
+    second = trained(
+        ranks,
+        actor__model_path=first.directory / "checkpoints" / "final" / "actor",
+        reference__model_path=demo_models / "actor",
+        **spread,
+        **held_out,
+    )
+    # What the actor has moved away already, on other prompts.
+    start, *_, end = [step for step in first.metrics if "evaluation_kl" in step]
+    again = next(step for step in second.metrics if "evaluation_kl" in step)
+    assert end["evaluation_kl"] > 0.05
+    for name in ("kl", "reward", "length", "reference_reward", "reference_length"):
+        found, expected = again[f"evaluation_{name}"], end[f"evaluation_{name}"]
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-3), name
+    assert start["evaluation_reference_reward"] == start["evaluation_reward"]
+    assert "which hlrlhf has trained" not in second.output[0]
 
 
 @pytest.mark.knob("epochs", "run_steps", "gbs")

@@ -13,6 +13,7 @@ from torch import Tensor
 from hlrlhf.trainer import lora
 from hlrlhf.trainer.ema import Average
 from hlrlhf.trainer.engine import whole_weights
+from hlrlhf.trainer.loading import ROLE
 from hlrlhf.trainer.models import Policy, Scorer, unwrapped
 
 
@@ -68,6 +69,7 @@ def _save(
             # The head trains beside the adapter, which does not hold it.
             head = {"score.weight": weights["score.weight"]}
             save_file(head, adapter / "score.safetensors")
+    setattr(plain.config, ROLE, role.removesuffix("-ema"))
     plain.save_pretrained(folder / role, state_dict=weights)
     if isinstance(model, Policy):
         # As text, not through its own save: what a checkpoint came with need not pass the checks

@@ -20,7 +20,7 @@ from hlrlhf.trainer import rollout as rollouts
 from hlrlhf.trainer.device import Device
 from hlrlhf.trainer.engine import summed
 from hlrlhf.trainer.experience import answer_logprobs
-from hlrlhf.trainer.frozen import Copy
+from hlrlhf.trainer.frozen import Copy, reference_path
 from hlrlhf.trainer.rollout import Rollout, Sampling
 
 
@@ -75,13 +75,13 @@ class Evaluation:
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Sample an answer to every prompt and score it; all ranks have to call it.
 
-        The first call has to come before the first update. The actor is the reference then, so its
-        answers are the reference's: they are kept, and sampled from the same random numbers as all
-        that follow.
+        The reference's answers are sampled once, from the same random numbers. Where the actor
+        started from the reference's own checkpoint, they are the actor's at the first call, which
+        therefore has to come before the first update.
 
         Args:
             actor: the engine around the policy.
-            reference: the policy that training started from.
+            reference: the policy that the KL penalty is measured against.
             scores: gives a rollout's scores, [b].
 
         Returns:
@@ -89,7 +89,8 @@ class Evaluation:
         """
         answers = self._answer(actor, reference, scores)
         if self._reference is None:
-            self._reference = answers
+            apart = reference_path(self._settings) != self._settings.actor.model_path
+            self._reference = self._answer(reference, reference, scores) if apart else answers
         means = {
             "evaluation_reward": answers.scores.mean().item(),
             "evaluation_kl": answers.kl.mean().item(),

@@ -139,7 +139,7 @@ def assemble(
         rollout: this rank's.
         logprobs, reference, values: [b, r].
         scores: [b].
-        rewards: shapes the scores and places them.
+        rewards: shapes the scores.
         settings: the PPO settings are read.
         kl_coefficient: weight of the KL penalty.
     """
@@ -149,8 +149,9 @@ def assemble(
     reference = torch.where(mask, reference, 0)
     kl = ppo.kl_estimate(logprobs, reference, settings.ppo.kl_estimator)
     shaped = rewards.shaped(scores, rollout.ended)
-    column = rewards.column(rollout)
-    token_rewards = ppo.token_rewards(shaped, kl, mask, kl_coefficient, column)
+    # On the last token, wherever the reward model is read: to end was the last action that the
+    # score is due to. On the token before, it would teach to go on, with a score yet to come.
+    token_rewards = ppo.token_rewards(shaped, kl, mask, kl_coefficient, rollout.lengths - 1)
     advantages, returns = ppo.advantages_and_returns(
         token_rewards, values, mask, settings.ppo.gamma, settings.ppo.gae_lambda
     )

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from hlrlhf.settings import Settings
@@ -105,7 +106,7 @@ class WithoutAdapters(Copy):
 
 
 def reference(settings: Settings, tokenizer: Any, actor: Any, device: Device) -> Copy:
-    """The policy that training started from.
+    """The policy that the KL penalty is measured against.
 
     Args:
         settings: all of them.
@@ -116,13 +117,22 @@ def reference(settings: Settings, tokenizer: Any, actor: Any, device: Device) ->
     Raises:
         TrainerError: the checkpoint cannot be loaded, or does not fit the tokenizer.
     """
-    if settings.adapters_only:
+    path = reference_path(settings)
+    if dist.get_rank() == 0 and loading.saved_as(path) and settings.reference.model_path is None:
+        print(
+            f"the reference is {path}, which hlrlhf has trained: the KL penalty begins at 0 again; "
+            "HL_REFERENCE_MODEL_PATH names another"
+        )
+    if settings.adapters_only and path == settings.actor.model_path:
         return WithoutAdapters(actor)
-    model = loading.load_policy(
-        settings.actor.model_path, settings.dtype, 0.0, settings.ppo.logprob_chunk
-    )
+    model = loading.load_policy(path, settings.dtype, 0.0, settings.ppo.logprob_chunk)
     tokenizers.check_vocabulary(tokenizer, "reference", model)
     return copy(model, settings.actor.zero_stage, settings, device, settings.reference.offload)
+
+
+def reference_path(settings: Settings) -> str:
+    """The checkpoint of the reference."""
+    return settings.reference.model_path or settings.actor.model_path
 
 
 def reward_path(settings: Settings) -> str:

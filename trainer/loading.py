@@ -43,6 +43,9 @@ DROPOUT_FIELDS = (
     "ffn_dropout",
 )
 
+# The key of config.json under which a saved model says what it was in training.
+ROLE = "hlrlhf_role"
+
 # Buffers that older checkpoints carry and that a model computes for itself.
 DERIVED_BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias")
 
@@ -118,7 +121,7 @@ def load_scorer(path: str, dtype: str, dropout: float) -> Scorer:
     except UNREADABLE as error:
         raise TrainerError(f"{path}: its step-2 weights cannot be loaded: {error}") from error
     _strict(path, missing, unexpected)
-    return Scorer(classifier)
+    return Scorer(classifier, _learnt_at(folder))
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -156,13 +159,35 @@ def _config(path: str, dropout: float) -> Any:
     return config
 
 
+def saved_as(path: str) -> str | None:
+    """The role, ``actor`` or ``critic``, in which this trainer saved a folder; else None."""
+    role: str | None = _raw_config(Path(path)).get(ROLE)
+    return role
+
+
+def _raw_config(folder: Path) -> dict[str, Any]:
+    """What stands in a folder's config.json, of which transformers drops some; empty without."""
+    try:
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return raw if isinstance(raw, dict) else {}
+
+
 def _says_classifier(folder: Path) -> bool:
     """Whether the configuration names a classifier, which spares reading the weights to see."""
-    try:
-        names = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return False
-    return "ForSequenceClassification" in str(names)
+    return "ForSequenceClassification" in str(_raw_config(folder).get("architectures"))
+
+
+def _learnt_at(folder: Path) -> str:
+    """Where DeepSpeed-Chat's step 2 read the score of a text: at the token before its padding.
+
+    Of a base model with "llama" in its name the padding is a token of its own. Of all others it is
+    the end token, so that the text's own end counts as padding too.
+    """
+    raw = _raw_config(folder)
+    base = raw.get("_name_or_path") or raw.get("model_type")
+    return "end" if "llama" in str(base) else "before_end"
 
 
 def _load_classifier(path: str, dtype: str, dropout: float) -> Scorer:

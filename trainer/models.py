@@ -110,11 +110,17 @@ class Head(nn.Linear):
 
 
 class Scorer(nn.Module):
-    """A sequence classifier with one label whose forward gives a scalar for every token."""
+    """A sequence classifier with one label whose forward gives a scalar for every token.
 
-    def __init__(self, classifier: Any):
+    Args:
+        classifier: the Hugging Face model.
+        score_at: ``end`` or ``before_end``, the token at which it learnt to give a text's score.
+    """
+
+    def __init__(self, classifier: Any, score_at: str = "end"):
         super().__init__()
         self.classifier = classifier
+        self.score_at = score_at
         # The layer that is there, weights and all, with another forward.
         classifier.score.__class__ = Head
 

@@ -16,11 +16,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hlrlhf.settings import Settings
-from hlrlhf.trainer import flops, frozen, tokenizers
+from hlrlhf.trainer import flops, frozen, loading, tokenizers
 from hlrlhf.trainer.device import Device
 from hlrlhf.trainer.errors import TrainerError
 from hlrlhf.trainer.rollout import Rollout
-from hlrlhf.trainer.scores import FunctionScores, ModelScores, imported, tokens_scored
+from hlrlhf.trainer.scores import FunctionScores, ModelScores, imported
 
 # Gives the answers of a rollout their scores, [b] in fp32.
 Source = Callable[[Rollout], Tensor]
@@ -75,13 +75,6 @@ class Rewards:
         clipped = scores.clamp(-self._settings.clip, self._settings.clip)
         return clipped - self._settings.missing_eos_penalty * (~ended).to(clipped.dtype)
 
-    def column(self, rollout: Rollout) -> Tensor:
-        """The column of the answer's token that gets the score, [b].
-
-        An answer that is an end token alone has no token before it, so there it is the end token.
-        """
-        return (tokens_scored(rollout, self._settings.score_at) - 1).clamp(min=0)
-
 
 @dataclass
 class Normalizer:
@@ -130,7 +123,8 @@ def check_rewards(settings: Settings, tokenizer: Any) -> None:
 
     Raises:
         TrainerError: the function cannot be imported; the critic's tokenizer is not the actor's; or
-            the reward model's is not, while answers are not encoded again.
+            the reward model's is not, while answers are not encoded again; or the reward model
+            would be a trained critic that nobody named as one.
     """
     if settings.reward.function is not None:
         imported(settings.reward.function)
@@ -142,6 +136,12 @@ def check_rewards(settings: Settings, tokenizer: Any) -> None:
             f"HL_REWARD_OWN_TOKENIZER=1 and HL_REWARD_MODEL_PATH={path}"
         )
     if settings.reward.model_weight:
+        if settings.reward.model_path is None and loading.saved_as(path) == "critic":
+            raise TrainerError(
+                f"{path}: is a critic that hlrlhf has trained, which foresees returns instead of "
+                "scoring answers; set HL_REWARD_MODEL_PATH to the reward model, or to this folder "
+                "if you mean it"
+            )
         _own_tokenizer(settings, tokenizer)
 
 
@@ -168,7 +168,14 @@ def load_rewards(
         reads = tokenizer if again is None else again
         model = frozen.reward_model(settings, reads, critic, first_head, device)
         cost = flops.cost(model.module)
-        by_model = ModelScores(model, tokenizer, again, settings, device)
+        score_at = own.score_at
+        if score_at == "auto":
+            score_at = model.module.score_at
+        if dist.get_rank() == 0:
+            where = {"end": "at an answer's last token", "before_end": "before the end token"}
+            origin = "as it learnt it" if own.score_at == "auto" else "as HL_REWARD_SCORE_AT says"
+            print(f"{frozen.reward_path(settings)}: rewards are read {where[score_at]}, {origin}")
+        by_model = ModelScores(model, tokenizer, again, score_at, settings, device)
         sources.append((own.model_weight, by_model))
     if own.function is not None:
         sources.append((own.function_weight, FunctionScores(own.function, tokenizer)))

@@ -26,17 +26,24 @@ class ModelScores:
         model: an engine or a module, which gives scalars as `models.Scorer` does.
         tokenizer: the actor's.
         own: the reward model's tokenizer, if answers are to be encoded again with it.
+        score_at: ``end`` or ``before_end``, the token at which the model is read.
         settings: all of them.
         device: the rank's.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, own: Any | None, settings: Settings, device: Device
+        self,
+        model: Any,
+        tokenizer: Any,
+        own: Any | None,
+        score_at: str,
+        settings: Settings,
+        device: Device,
     ):
         self._model = model
         self._tokenizer = tokenizer
         self._own = own
-        self._score_at = settings.reward.score_at
+        self._score_at = score_at
         self._rows = settings.mbs
         self._device = device
 
@@ -49,7 +56,8 @@ class ModelScores:
                 rollout.answer_width,
             )
             # The model's first scalar is that of the prompt, before any token of the answer.
-            position = tokens_scored(rollout, self._score_at)
+            left_out = rollout.has_end_token.long() if self._score_at == "before_end" else 0
+            position = rollout.lengths - left_out
         else:
             sequences, mask = self._encoded_again(rollout)
             width, position = 0, torch.zeros_like(rollout.lengths)
@@ -173,9 +181,3 @@ def texts(rollout: Rollout, tokenizer: Any, *, answers: bool = True) -> list[str
         rows, skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
     return decoded
-
-
-def tokens_scored(rollout: Rollout, score_at: str) -> Tensor:
-    """How many of an answer's tokens the score is that of, [b]: all, or all but the end token."""
-    left_out = rollout.has_end_token.long() if score_at == "before_end" else 0
-    return rollout.lengths - left_out

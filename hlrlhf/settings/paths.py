@@ -22,6 +22,7 @@ _OUTPUTS = {
 _ON_HUB = {
     "actor.model_path",
     "critic.model_path",
+    "reference.model_path",
     "reward.model_path",
     "dataset.path",
     "pretraining.path",

@@ -114,8 +114,8 @@ class Actor(Trained):
     """The policy that is trained."""
 
     model_path: Text = Field(
-        description="Actor checkpoint: a Hugging Face folder or Hub name; the reference starts "
-        "from it too."
+        description="Actor checkpoint: a Hugging Face folder or Hub name; the reference is read "
+        "from it too, unless `reference.model_path` is set."
     )
 
 
@@ -131,6 +131,11 @@ class Critic(Trained):
 class Reference(Group):
     """The frozen policy that the KL penalty is measured against."""
 
+    model_path: Text | None = Field(
+        None,
+        description="Reference checkpoint, with the actor's tokenizer: name the policy that "
+        "training once began with where the actor has been trained on; unset: the actor's.",
+    )
     offload: bool = Field(
         False,
         description="Keep the reference in host memory and move it to the device only to score.",
@@ -150,10 +155,11 @@ class Reward(Group):
         False,
         description="Decode answers and encode them again with the reward model's tokenizer.",
     )
-    score_at: Literal["end", "before_end"] = Field(
-        "end",
-        description="Token that carries the score: the answer's last one, its end token, or the "
-        "one before the end token, for reward models trained the DeepSpeed-Chat way.",
+    score_at: Literal["auto", "end", "before_end"] = Field(
+        "auto",
+        description="Token at which the reward model is read: the answer's last one, its end "
+        "token, or the one before its end token; auto: where the checkpoint learnt to be read, "
+        "which is before the end token in step-2 folders of DeepSpeed-Chat other than Llama's.",
     )
     function: PythonName | None = Field(
         None,

@@ -213,6 +213,7 @@ def _mounts(settings: Settings, run_directory: Path) -> list[str]:
         "checkpoint_path": settings.checkpoint_path,
         "actor.model_path": settings.actor.model_path,
         "critic.model_path": settings.critic.model_path,
+        "reference.model_path": settings.reference.model_path,
         "reward.model_path": settings.reward.model_path,
         "pretraining.path": settings.pretraining.path,
         "evaluation.path": settings.evaluation.path,
