@@ -79,18 +79,39 @@ def test_origins_are_told_for_a_preset() -> None:
         (["dataset.path=/a /b", "dataset.weights=1"], "one weight per data set"),
         (["dataset.weights=1 2"], "one weight per data set"),
         (["generation.min_new_tokens=9", "generation.max_new_tokens=8"], "must not be longer"),
-        (["hybrid_engine=1"], "device=cuda only"),
+        (["hybrid_engine=1", "device=cpu"], "does not run on processors"),
         (["reward.model_weight=0"], "nothing scores the answers"),
         (["reward.own_tokenizer=1"], "set the reward model's path"),
+        # Asked for, and without effect.
         (["evaluation.path=/a"], "set evaluation.interval"),
         (["evaluation.prompts=9"], "set evaluation.interval"),
+        (["enable_hpu_graphs=1"], "set hpu.lazy_mode"),
+        (["enable_hpu_graphs=1", "device=cuda"], "on device=hpu in lazy mode only"),
+        (["hpu.lazy_mode=1", "device=cpu"], "no effect but on device=hpu"),
+        (["hpu.recipe_cache_path=/tmp/cache", "device=cuda"], "no effect but on device=hpu"),
+        (["hpu.recipe_cache_size=9"], "set hpu.recipe_cache_path"),
+        (["ppo.kl_target=3"], "set ppo.kl_controller=adaptive"),
+        (["ppo.kl_horizon=3"], "set ppo.kl_controller=adaptive"),
+        (["ema.decay=0.9"], "set ema.enabled"),
+        (["lora.alpha=2"], "set lora.dim"),
+        (["lora.actor_lr=1e-3"], "set lora.dim"),
+        (["lora.critic_lr=1e-3"], "set lora.dim"),
+        (["pretraining.coefficient=1"], "set pretraining.path"),
+        (["pretraining.column=body"], "set pretraining.path"),
+        (["pretraining.max_tokens=9"], "set pretraining.path"),
+        (["reward.function_weight=2"], "set reward.function"),
+        *(
+            ([f"reward.{flag}", "reward.model_weight=0", "reward.function=mine:score"], "a weight")
+            for flag in ("model_path=/rm", "score_at=end")
+        ),
     ],
 )
 def test_contradiction(flags: list[str], said: str) -> None:
     (problem,) = problems(*flags)
     assert said in problem
     for flag in flags:
-        assert flag.partition("=")[0] + " = " in problem or "actor.zero_stage" in flag
+        name = flag.partition("=")[0]
+        assert name + " = " in problem or name in ("actor.zero_stage", "reward.function")
 
 
 @pytest.mark.parametrize(
@@ -108,6 +129,17 @@ def test_contradiction(flags: list[str], said: str) -> None:
         ["dataset.path=/a /b", "dataset.weights=1 2"],
         ["generation.min_new_tokens=8", "generation.max_new_tokens=8"],
         ["hybrid_engine=1", "device=cuda"],
+        ["hybrid_engine=1", "device=hpu"],
+        ["enable_hpu_graphs=1", "hpu.lazy_mode=1"],
+        ["enable_hpu_graphs=0"],
+        ["only_optimize_lora=0"],
+        ["reward.score_at=end"],
+        [
+            "reference.offload=1",
+            "only_optimize_lora=1",
+            "lora.dim=8",
+            "reference.model_path=/sft",
+        ],
         ["reward.model_weight=0", "reward.function=mine:score"],
         ["reward.own_tokenizer=1", "reward.model_path=/rm"],
         ["evaluation.path=/a", "evaluation.prompts=9", "evaluation.interval=10"],
@@ -125,7 +157,7 @@ def test_what_the_hybrid_engine_goes_without() -> None:
 
 
 def test_several_contradictions_at_once() -> None:
-    assert len(problems("gbs=33", "hybrid_engine=1", "hpz.enabled_actor=1")) == 3
+    assert len(problems("gbs=33", "dataset.weights=1 2", "hpz.enabled_actor=1")) == 3
 
 
 def test_a_setting_in_doubt_contradicts_nothing() -> None:

@@ -122,11 +122,11 @@ def test_texts_cost_what_torch_counts(tmp_path: Path) -> None:
 def test_a_step_counts_the_texts_beside_its_answers(tmp_path: Path) -> None:
     model = flops.cost(load(tmp_path, "llama")[0])
     answered = tiny.rolled_out([[1, 5], [1, 6, 7]], [[8, 9, tiny.EOS], [8, tiny.EOS]])
-    flags = ("gbs=4", "ppo.epochs=2", "pretraining.max_tokens=20")
+    flags = ("gbs=4", "ppo.epochs=2")
 
     plain, mixed = (
         measures.pace(answered, (model, model, None), tiny.settings(*flags, *more), seconds=2)
-        for more in ((), ("pretraining.path=/texts",))
+        for more in ((), ("pretraining.path=/texts", "pretraining.max_tokens=20"))
     )
 
     assert plain["tokens_per_second"] == mixed["tokens_per_second"] == 10 / 2

@@ -33,7 +33,8 @@ pytestmark = pytest.mark.usefixtures("one_rank")
 
 PROMPTS = [[1, 5, 6, 7, 8, 9], [1, 30], [1, 11, 12], [1, 4]]
 ANSWERS = [[7, 8, EOS], [9], [13, 14, 15], [20, EOS]]
-ADAPTERS_ONLY = ("lora.dim=3", "lora.alpha=6", "only_optimize_lora=true")
+ADAPTERS = ("lora.dim=3", "lora.alpha=6", "lora.actor_lr=0.05", "lora.critic_lr=0.05")
+ADAPTERS_ONLY = (*ADAPTERS, "only_optimize_lora=true")
 
 architectures = pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 stages = pytest.mark.parametrize("stage", [0, 1, 3])
@@ -95,8 +96,6 @@ def make(tmp_path: Path) -> Callable[..., Case]:
             "num_warmup_steps=0",
             "actor.learning_rate=0.01",
             "critic.learning_rate=0.01",
-            "lora.actor_lr=0.05",
-            "lora.critic_lr=0.05",
             *flags,
         )
         return Case(tmp_path, settings)

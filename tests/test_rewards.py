@@ -105,7 +105,7 @@ def test_the_score_is_a_weighted_sum(folders: dict[str, Path]) -> None:
 
 
 def test_without_a_weight_no_reward_model_is_looked_for(folders: dict[str, Path]) -> None:
-    flags = ("reward.model_weight=0", "reward.model_path=/nowhere", f"reward.function={LENGTHS}")
+    flags = ("reward.model_weight=0", "critic.model_path=/nowhere", f"reward.function={LENGTHS}")
 
     torch.testing.assert_close(raw(folders, *flags), LETTERS)
 
@@ -370,7 +370,6 @@ def test_a_run_whose_rewards_are_those_of_a_function_alone(
         demo_models,
         reward__function="kindness_of_a_test:score",
         reward__model_weight=0,
-        reward__model_path="/nowhere",
         mbs=4,
         run_steps=2,
     )

@@ -63,7 +63,6 @@ def settings_with(*flags: str) -> Any:
         "optimizer.epsilon=1e-3",
         "actor.learning_rate=1e-3",
         "critic.learning_rate=2e-3",
-        "pretraining.max_tokens=4",
         *flags,
     )
 

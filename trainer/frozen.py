@@ -123,7 +123,7 @@ def reference(settings: Settings, tokenizer: Any, actor: Any, device: Device) ->
             f"the reference is {path}, which hlrlhf has trained: the KL penalty begins at 0 again; "
             "HL_REFERENCE_MODEL_PATH names another"
         )
-    if settings.adapters_only and path == settings.actor.model_path:
+    if settings.shares_reference:
         return WithoutAdapters(actor)
     model = loading.load_policy(path, settings.dtype, 0.0, settings.ppo.logprob_chunk)
     tokenizers.check_vocabulary(tokenizer, "reference", model)

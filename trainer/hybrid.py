@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+import deepspeed
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -25,7 +26,7 @@ def check(settings: Settings) -> None:
     """
     if not settings.hybrid_engine:
         return
-    if lacking := _kernels_lack() or _architecture_lacks(settings.actor.model_path):
+    if lacking := _kernels_lack(settings.device) or _architecture_lacks(settings.actor.model_path):
         raise TrainerError(f"hybrid_engine = true, but {lacking}; {OFF}")
 
 
@@ -42,12 +43,20 @@ def generating(settings: Settings) -> Iterator[None]:
         ) from error
 
 
-def _kernels_lack() -> str | None:
+def _kernels_lack(device: str) -> str | None:
     """Why DeepSpeed cannot build its inference kernels here; None when it can."""
+    from deepspeed.accelerator import get_accelerator
     from deepspeed.ops.op_builder.builder import MissingCUDAException
     from deepspeed.ops.op_builder.transformer_inference import InferenceBuilder
 
-    builder = InferenceBuilder()
+    # The kernels for other devices than GPUs are those that this DeepSpeed brings for them, if any.
+    builder = (
+        InferenceBuilder()
+        if device == "cuda"
+        else get_accelerator().create_op_builder(InferenceBuilder.__name__)
+    )
+    if builder is None:
+        return f"this DeepSpeed ({deepspeed.__version__}) has no inference kernels for {device}"
     try:
         if builder.is_compatible(verbose=True):
             return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from hlrlhf.settings.schema import Settings
@@ -11,6 +11,78 @@ if TYPE_CHECKING:
     from hlrlhf.settings.layers import Given
 
 Contradiction = tuple[tuple[str, ...], str]
+
+# Settings that have no effect unless others are so, those others, and what to say. Somebody who asks
+# for one would otherwise take it for granted and not be told.
+_IDLE: tuple[tuple[tuple[str, ...], tuple[str, ...], Callable[[Settings], bool], str], ...] = (
+    (
+        ("enable_hpu_graphs",),
+        ("device", "hpu.lazy_mode"),
+        lambda settings: settings.device == "hpu" and settings.hpu.lazy_mode,
+        "graphs are made on device=hpu in lazy mode only: set hpu.lazy_mode",
+    ),
+    (
+        ("hpu.lazy_mode", "hpu.recipe_cache_path", "hpu.recipe_cache_size"),
+        ("device",),
+        lambda settings: settings.device == "hpu",
+        "has no effect but on device=hpu",
+    ),
+    (
+        ("hpu.recipe_cache_size",),
+        ("hpu.recipe_cache_path",),
+        lambda settings: settings.device != "hpu" or settings.hpu.recipe_cache_path is not None,
+        "there is no recipe cache: set hpu.recipe_cache_path",
+    ),
+    (
+        ("ppo.kl_target", "ppo.kl_horizon"),
+        ("ppo.kl_controller",),
+        lambda settings: settings.ppo.kl_controller == "adaptive",
+        "the KL coefficient stays: set ppo.kl_controller=adaptive",
+    ),
+    (
+        ("ema.decay",),
+        ("ema.enabled",),
+        lambda settings: settings.ema.enabled,
+        "nothing is averaged: set ema.enabled",
+    ),
+    (
+        ("only_optimize_lora", "lora.alpha", "lora.actor_lr", "lora.critic_lr"),
+        ("lora.dim",),
+        lambda settings: settings.lora.dim > 0,
+        "there is no LoRA to optimize: set lora.dim",
+    ),
+    (
+        ("pretraining.column", "pretraining.coefficient", "pretraining.max_tokens"),
+        ("pretraining.path",),
+        lambda settings: settings.pretraining.path is not None,
+        "there are no texts to go on learning from: set pretraining.path",
+    ),
+    (
+        ("reward.function_weight",),
+        ("reward.function",),
+        lambda settings: settings.reward.function is not None,
+        "no function scores the answers: set reward.function",
+    ),
+    (
+        ("reward.model_path", "reward.own_tokenizer", "reward.score_at"),
+        ("reward.model_weight",),
+        lambda settings: settings.reward.model_weight > 0,
+        "no reward model is loaded: give it a weight",
+    ),
+    (
+        ("evaluation.path", "evaluation.prompts"),
+        ("evaluation.interval",),
+        lambda settings: settings.evaluation.interval > 0,
+        "nothing is evaluated: set evaluation.interval",
+    ),
+    (
+        ("reference.offload",),
+        ("only_optimize_lora", "lora.dim", "reference.model_path"),
+        lambda settings: not settings.shares_reference,
+        "with adapters alone to train, the reference is the actor without them and takes no memory "
+        "of its own",
+    ),
+)
 
 
 def contradictions(settings: Settings, values: Mapping[str, Given]) -> Iterator[Contradiction]:
@@ -22,6 +94,7 @@ def contradictions(settings: Settings, values: Mapping[str, Given]) -> Iterator[
     """
 
     def asked(name: str) -> bool:
+        """Whether a person wants it now: presets and files of a run may foresee more than it has."""
         return values[name].origin.kind in ("environment", "flag")
 
     per_step = settings.world_size * settings.mbs
@@ -71,20 +144,10 @@ def contradictions(settings: Settings, values: Mapping[str, Given]) -> Iterator[
                 yield (name, "container.kind"), "has no effect without a container"
     elif settings.container.image is None:
         yield ("container.kind", "container.image"), "a container needs an image"
-    # A preset may say what LoRA trains before anyone turns LoRA on; a person who asks for
-    # adapters alone without having any would train all weights and not be told. So with prompts
-    # for an evaluation that never is.
-    if settings.only_optimize_lora and asked("only_optimize_lora") and settings.lora.dim == 0:
-        yield ("only_optimize_lora", "lora.dim"), "there is no LoRA to optimize: set lora.dim"
-    for name in ("evaluation.path", "evaluation.prompts"):
-        if asked(name) and values[name].value is not None and settings.evaluation.interval == 0:
-            yield (name, "evaluation.interval"), "nothing is evaluated: set evaluation.interval"
-    if settings.adapters_only and settings.reference.offload and asked("reference.offload"):
-        yield (
-            ("reference.offload", "only_optimize_lora", "lora.dim"),
-            "with adapters alone to train, the reference is the actor without them and takes no "
-            "memory of its own",
-        )
+    for names, others, effective, why in _IDLE:
+        for name in names:
+            if asked(name) and values[name].value and not effective(settings):
+                yield (name, *others), why
     weights = settings.dataset.weights
     if weights is not None and len(weights) != len(settings.dataset.path):
         yield ("dataset.weights", "dataset.path"), "give one weight per data set, or none"
@@ -101,8 +164,8 @@ def contradictions(settings: Settings, values: Mapping[str, Given]) -> Iterator[
     if settings.generation.min_new_tokens > settings.generation.max_new_tokens:
         names = ("generation.min_new_tokens", "generation.max_new_tokens")
         yield names, "the shortest answer must not be longer than the longest"
-    if settings.hybrid_engine and settings.device != "cuda":
-        yield ("hybrid_engine", "device"), "DeepSpeed's hybrid engine runs on device=cuda only"
+    if settings.hybrid_engine and settings.device == "cpu":
+        yield ("hybrid_engine", "device"), "DeepSpeed's hybrid engine does not run on processors"
     if settings.hybrid_engine and settings.actor.zero_stage == 3:
         yield ("hybrid_engine", "actor.zero_stage"), "the hybrid engine needs the actor's ZeRO < 3"
     if settings.hybrid_engine and settings.lora.dim:

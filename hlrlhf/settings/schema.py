@@ -603,6 +603,12 @@ class Settings(Group):
         return self.only_optimize_lora and self.lora.dim > 0
 
     @property
+    def shares_reference(self) -> bool:
+        """Whether the actor, without its adapters, is the reference too."""
+        own = self.reference.model_path
+        return self.adapters_only and own in (None, self.actor.model_path)
+
+    @property
     def gres_name(self) -> str | None:
         """The name to ask for in --gres, ``auto`` resolved; None asks for nothing."""
         if self.slurm.gres_name == "auto":
