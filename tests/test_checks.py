@@ -80,6 +80,10 @@ def test_origins_are_told_for_a_preset() -> None:
         (["dataset.weights=1 2"], "one weight per data set"),
         (["generation.min_new_tokens=9", "generation.max_new_tokens=8"], "must not be longer"),
         (["hybrid_engine=1", "device=cpu"], "does not run on processors"),
+        (
+            ["optimizer.grad_accum_dtype=fp32", "critic.zero_stage=0"],
+            "gradients in fp32 needs ZeRO stage 1 or more",
+        ),
         (["reward.model_weight=0"], "nothing scores the answers"),
         (["reward.own_tokenizer=1"], "set the reward model's path"),
         # Asked for, and without effect.
@@ -104,6 +108,7 @@ def test_origins_are_told_for_a_preset() -> None:
             ([f"reward.{flag}", "reward.model_weight=0", "reward.function=mine:score"], "a weight")
             for flag in ("model_path=/rm", "score_at=end")
         ),
+        (["optimizer.grad_accum_dtype=fp32", "dtype=fp32"], "gradients are fp32 anyway"),
     ],
 )
 def test_contradiction(flags: list[str], said: str) -> None:
@@ -134,6 +139,8 @@ def test_contradiction(flags: list[str], said: str) -> None:
         ["enable_hpu_graphs=0"],
         ["only_optimize_lora=0"],
         ["reward.score_at=end"],
+        ["optimizer.grad_accum_dtype=fp32"],
+        ["optimizer.grad_accum_dtype=bf16", "critic.zero_stage=0"],
         [
             "reference.offload=1",
             "only_optimize_lora=1",

@@ -180,6 +180,33 @@ def test_updates_are_those_of_plain_adamw(tmp_path: Path, zero_stage: int) -> No
 
 
 @pytest.mark.usefixtures("one_rank")
+@pytest.mark.knob("optimizer.grad_accum_dtype")
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+@pytest.mark.parametrize(("kind", "expected"), [("bf16", 1.0), ("fp32", 1 + 64 / 1024)])
+def test_small_gradients_add_up_in_fp32_and_are_lost_in_bf16(
+    tmp_path: Path, kind: str, expected: float, zero_stage: int
+) -> None:
+    """To a gradient, 64 times a 1024th of it: a sum in 8 bits does not move by less than a 512th."""
+    settings = tiny.settings(
+        "mbs=1",
+        "gbs=65",
+        "dtype=bf16",
+        f"actor.zero_stage={zero_stage}",
+        "critic.zero_stage=1",
+        f"optimizer.grad_accum_dtype={kind}",
+    )
+    norms = []
+    for shares in ([1.0] + [0.0] * 64, [1.0] + [1 / 1024] * 64):
+        model = loading.load_policy(str(tiny.save_policy(tmp_path, "llama")), "bf16", 0.0)
+        trained = engine.trained(model, settings.actor, settings, tiny.cpu(settings), 10)
+        for share in shares:
+            engine.descend(trained, loss_of(trained, ROWS[:1]) * share)
+        norms.append(float(trained.get_global_grad_norm()))
+    # Powers of two scale a backward pass without rounding it.
+    assert norms[1] / norms[0] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.usefixtures("one_rank")
 @pytest.mark.knob("optimizer.offload", "actor.zero_stage", "critic.zero_stage")
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])

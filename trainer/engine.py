@@ -73,7 +73,9 @@ def trained(
     )
     # With texts to go on learning from, a micro batch of them follows each of the actor's own.
     mixed = is_actor and settings.pretraining.path is not None
+    accumulated = settings.optimizer.grad_accum_dtype if settings.dtype == "bf16" else "fp32"
     config = _config(settings, own.zero_stage) | {
+        "data_types": {"grad_accum_dtype": accumulated},
         "train_batch_size": settings.gbs // settings.ppo.minibatches * (2 if mixed else 1),
         "train_micro_batch_size_per_gpu": settings.mbs,
         "gradient_clipping": settings.optimizer.gradient_clipping,

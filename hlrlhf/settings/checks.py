@@ -76,6 +76,12 @@ _IDLE: tuple[tuple[tuple[str, ...], tuple[str, ...], Callable[[Settings], bool],
         "nothing is evaluated: set evaluation.interval",
     ),
     (
+        ("optimizer.grad_accum_dtype",),
+        ("dtype",),
+        lambda settings: settings.dtype == "bf16",
+        "without bf16, gradients are fp32 anyway",
+    ),
+    (
         ("reference.offload",),
         ("only_optimize_lora", "lora.dim", "reference.model_path"),
         lambda settings: not settings.shares_reference,
@@ -138,6 +144,10 @@ def contradictions(settings: Settings, values: Mapping[str, Given]) -> Iterator[
             yield (f"hpz.enabled_{model}", "devices_per_node"), "hpZ needs several devices per node"
         if settings.optimizer.offload and values[stage].value == 0:
             yield ("optimizer.offload", stage), "optimizer offload needs ZeRO stage 1 or more"
+        if settings.optimizer.grad_accum_dtype == "fp32" and settings.dtype == "bf16":
+            if values[stage].value == 0:
+                names = ("optimizer.grad_accum_dtype", stage)
+                yield names, "accumulating gradients in fp32 needs ZeRO stage 1 or more"
     if settings.container.kind == "none":
         for name in ("container.image", "container.mounts", "container.args"):
             if values[name].value:

@@ -366,6 +366,12 @@ class Optimizer(Group):
     lr_scheduler: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="Learning-rate schedule after the warm-up."
     )
+    grad_accum_dtype: Literal["bf16", "fp32"] = Field(
+        "bf16",
+        description="Precision in which the gradients of micro batches and ranks are added up in "
+        "bf16 runs. fp32 takes 4 bytes for each trained parameter, on every device with ZeRO 1, "
+        "shared by the devices with 2 and 3.",
+    )
     offload: bool = Field(False, description="Keep optimizer states in host memory (ZeRO-Offload).")
 
 
