@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import os
 import platform
+import resource
 from collections.abc import Iterator
 from typing import Any
 
@@ -74,8 +75,11 @@ class Device:
         """Wait until all work is done, so that a clock tells the truth."""
 
     def peak_memory(self) -> int:
-        """Most bytes of device memory that this rank has held so far; 0 when nobody counts."""
-        return 0
+        """Most bytes of the device's memory that this rank has held so far.
+
+        On processors, of the machine's memory: everything that the process has held.
+        """
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
 class Cpu(Device):
