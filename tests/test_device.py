@@ -13,6 +13,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+import psutil  # noqa: E402
 from ranks import Run, prepare, train, variables  # noqa: E402
 
 from hlrlhf.settings import Settings, layers  # noqa: E402
@@ -62,6 +63,15 @@ def on_gaudi(directory: Path, *stand_ins: str, **more: str) -> tuple[Run, list[s
 def test_gaudi_needs_its_software() -> None:
     with pytest.raises(TrainerError, match=r"no habana_frameworks.*HL_DEVICE"):
         device.select(settings_of(device="hpu"), 0)
+
+
+def test_the_peak_of_memory_on_processors_is_the_processs_own() -> None:
+    cpu = device.select(settings_of(device="cpu"), 0)
+    now = psutil.Process().memory_info().rss
+    held = torch.ones((cpu.peak_memory() - now) // 4 + (64 << 20))
+    # Beyond what has been held so far by 64 Mi numbers, less what the process let go meanwhile.
+    assert cpu.peak_memory() > now + len(held) * 3
+    assert cpu.peak_memory() < psutil.virtual_memory().total
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -169,6 +179,18 @@ def assert_as_on_cpu(run: Run, directory: Path, models: Path, changes: dict[str,
     for step, other in zip(run.metrics, expected.metrics, strict=True):
         for name in ("reward", "kl", "length", "value", "return", "critic_loss"):
             assert step[name] == pytest.approx(other[name], rel=1e-3, abs=1e-4), name
+
+
+@pytest.mark.slow
+def test_the_hybrid_engine_is_tried_where_there_are_kernels(
+    demo_models: Path, tmp_path: Path
+) -> None:
+    """DeepSpeed has some for Gaudi; on what they run into here, the run stops."""
+    prepare(tmp_path, demo_models, device="hpu", hybrid_engine=1, mbs=4)
+    run, _ = on_gaudi(tmp_path, GAUDI)
+    assert run.codes == [1]
+    assert "DeepSpeed's hybrid engine cannot generate" in run.output[0]
+    assert "set HL_HYBRID_ENGINE=0" in run.output[0]
 
 
 @pytest.mark.slow

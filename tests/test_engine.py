@@ -186,7 +186,7 @@ def test_updates_are_those_of_plain_adamw(tmp_path: Path, zero_stage: int) -> No
 def test_small_gradients_add_up_in_fp32_and_are_lost_in_bf16(
     tmp_path: Path, kind: str, expected: float, zero_stage: int
 ) -> None:
-    """To a gradient, 64 times a 1024th of it: a sum in 8 bits does not move by less than a 512th."""
+    """To a gradient, 64 times a 1024th: a sum in 8 bits does not move by less than a 512th."""
     settings = tiny.settings(
         "mbs=1",
         "gbs=65",

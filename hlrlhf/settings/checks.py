@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 Contradiction = tuple[tuple[str, ...], str]
 
-# Settings that have no effect unless others are so, those others, and what to say. Somebody who asks
-# for one would otherwise take it for granted and not be told.
+# Settings that have no effect unless others are so, those others, and what to say. Somebody who
+# asks for one would otherwise take it for granted and not be told.
 _IDLE: tuple[tuple[tuple[str, ...], tuple[str, ...], Callable[[Settings], bool], str], ...] = (
     (
         ("enable_hpu_graphs",),
@@ -100,7 +100,7 @@ def contradictions(settings: Settings, values: Mapping[str, Given]) -> Iterator[
     """
 
     def asked(name: str) -> bool:
-        """Whether a person wants it now: presets and files of a run may foresee more than it has."""
+        """Whether a person wants it now; presets and files may foresee more than a run has."""
         return values[name].origin.kind in ("environment", "flag")
 
     per_step = settings.world_size * settings.mbs
@@ -144,10 +144,10 @@ def contradictions(settings: Settings, values: Mapping[str, Given]) -> Iterator[
             yield (f"hpz.enabled_{model}", "devices_per_node"), "hpZ needs several devices per node"
         if settings.optimizer.offload and values[stage].value == 0:
             yield ("optimizer.offload", stage), "optimizer offload needs ZeRO stage 1 or more"
-        if settings.optimizer.grad_accum_dtype == "fp32" and settings.dtype == "bf16":
-            if values[stage].value == 0:
-                names = ("optimizer.grad_accum_dtype", stage)
-                yield names, "accumulating gradients in fp32 needs ZeRO stage 1 or more"
+        in_fp32 = settings.dtype == "bf16" and settings.optimizer.grad_accum_dtype == "fp32"
+        if in_fp32 and values[stage].value == 0:
+            names = ("optimizer.grad_accum_dtype", stage)
+            yield names, "accumulating gradients in fp32 needs ZeRO stage 1 or more"
     if settings.container.kind == "none":
         for name in ("container.image", "container.mounts", "container.args"):
             if values[name].value:

@@ -181,7 +181,7 @@ class Reward(Group):
 
 
 class Lora(Group):
-    """Low-rank adapters on the linear layers of actor and critic."""
+    """Low-rank adapters on the linear layers of actor and critic, whose own weights they freeze."""
 
     dim: Count = Field(0, description="Rank of the adapters; 0 trains without LoRA.")
     alpha: Rate = Field(
@@ -537,7 +537,7 @@ class Settings(Group):
     only_optimize_lora: bool = Field(
         False,
         description="With LoRA, train the adapters and the critic's head only; otherwise all "
-        "weights train.",
+        "weights train that have no adapter: embeddings, norms, biases and heads.",
     )
     hybrid_engine: bool = Field(
         False, description="Generate with DeepSpeed's hybrid engine, where it is supported."
