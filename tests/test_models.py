@@ -237,7 +237,7 @@ def test_a_folder_without_weights_or_without_configuration(tmp_path: Path) -> No
             loading.load_scorer(str(folder), "fp32", 0.0)
     with pytest.raises(TrainerError, match="no causal language model"):
         loading.load_policy(str(tmp_path), "fp32", 0.0)
-    with pytest.raises(TrainerError, match="no tokenizer"):
+    with pytest.raises(TrainerError, match="holds no whole tokenizer"):
         tokenizers.load_tokenizer(str(tmp_path))
 
 

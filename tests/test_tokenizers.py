@@ -1,7 +1,9 @@
-"""Tokenizers: whether they fit the models, and the tokens that end an answer."""
+"""Tokenizers: whether they fit the models, where the actor's is, and what Llama's encodes."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,23 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import tiny  # noqa: E402
-from transformers import GenerationConfig  # noqa: E402
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer  # noqa: E402
+from tokenizers import (  # noqa: E402
+    Tokenizer,
+    decoders,
+    pre_tokenizers,
+    trainers,
+)
+from tokenizers.models import BPE  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoTokenizer,
+    BloomConfig,
+    GenerationConfig,
+    GPT2Config,
+    LlamaConfig,
+    OPTConfig,
+    Qwen2Config,
+)
 
 from hlrlhf.trainer import loading, tokenizers  # noqa: E402
 from hlrlhf.trainer.errors import TrainerError  # noqa: E402
@@ -88,3 +106,242 @@ def test_the_checkpoints_generation_configuration_is_kept(tmp_path: Path) -> Non
 
     assert policy.generation_config.max_length == 77
     assert tokenizers.end_tokens(policy, tiny.tokenizer()) == [2, 5]
+
+
+# 2. Where the actor's tokenizer is.
+
+TEXTS = [
+    "Human: where is the blue boat?\n\nAssistant: In the harbour.",
+    "user assistant system  two spaces    four",
+    "def f(x):\n    return x\n        y  z",
+]
+PROBES = [
+    "Human: where is the blue boat?\n\nAssistant:",
+    "two  spaces,   three",
+    "  two in front",
+    " one in front",
+    "two behind  ",
+    " ",
+    "\n\nlines\n  between",
+    "tab\tand 日本 naïve",
+    "12 345",
+    "the end</s>and more",
+    "the end</s> and more",
+    "the end</s>  and more",
+    "<s>begun",
+    "<s> begun",
+]
+
+
+def byte_level(special: list[str]) -> Tokenizer:
+    """As GPT-2's: bytes, and no special token put in front."""
+    made = Tokenizer(BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator(TEXTS, trainer)
+    return made
+
+
+def sentencepiece_model(path: Path, **options: Any) -> SentencePieceProcessor:
+    """As Llama 2's: BPE with bytes for what it does not know, and every space kept."""
+    kept = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    with path.open("wb") as file:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter([text.replace("\n", " ") for text in TEXTS] * 30),
+            model_writer=file,
+            model_type="bpe",
+            vocab_size=400,
+            byte_fallback=True,
+            split_digits=True,
+            allow_whitespace_only_pieces=True,
+            minloglevel=2,
+            **(kept | options),
+        )
+    return SentencePieceProcessor(model_file=str(path))
+
+
+def said(folder: Path, **config: Any) -> None:
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def opt(base: Path) -> None:
+    byte_level(["<s>", "<pad>", "</s>"]).model.save(str(base))
+    special = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"}
+    said(base, tokenizer_class="GPT2Tokenizer", add_bos_token=True, **special)
+
+
+def gpt2(base: Path) -> None:
+    byte_level(["<|endoftext|>"]).model.save(str(base))
+    said(base, model_max_length=1024)
+
+
+def qwen2(base: Path) -> None:
+    byte_level([]).model.save(str(base))
+    added = {
+        str(301 + i): {"content": token, "special": True}
+        for i, token in enumerate(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    }
+    said(
+        base,
+        tokenizer_class="Qwen2Tokenizer",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        added_tokens_decoder=added,
+    )
+
+
+def llama(base: Path) -> None:
+    sentencepiece_model(base / "tokenizer.model")
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    said(base, tokenizer_class="LlamaTokenizer", add_bos_token=True, **special)
+
+
+def bloom(base: Path) -> None:
+    byte_level(["<unk>", "<s>", "</s>", "<pad>"]).save(str(base / "tokenizer.json"))
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    said(base, tokenizer_class="BloomTokenizerFast", **special)
+
+
+# How each is made, and what its `save_vocabulary` writes. BLOOM's writes the parts of its BPE.
+FAMILIES = {
+    "opt": (opt, OPTConfig, ["vocab.json", "merges.txt"]),
+    "gpt2": (gpt2, GPT2Config, ["vocab.json", "merges.txt"]),
+    "qwen2": (qwen2, Qwen2Config, ["vocab.json", "merges.txt"]),
+    "llama": (llama, LlamaConfig, ["tokenizer.model"]),
+    "bloom": (bloom, BloomConfig, ["vocab.json", "merges.txt"]),
+}
+families = pytest.mark.parametrize("family", FAMILIES)
+
+
+def based(tmp_path: Path, family: str) -> Path:
+    """A model's folder with its whole tokenizer."""
+    make, config, _ = FAMILIES[family]
+    base = tmp_path / "base"
+    base.mkdir()
+    make(base)
+    config().to_json_file(base / "config.json")
+    return base
+
+
+def step1(tmp_path: Path, family: str, base: Path, name: str | None = None) -> Path:
+    """The folder that DeepSpeed-Chat's `save_hf_format` writes, its weights left out."""
+    _, config, parts = FAMILIES[family]
+    folder = tmp_path / "step1"
+    folder.mkdir()
+    written = config().to_dict() | {"_name_or_path": name or str(base)}
+    (folder / "config.json").write_text(json.dumps(written))
+    if family == "bloom":
+        Tokenizer.from_file(str(base / "tokenizer.json")).model.save(str(folder))
+    else:
+        for part in parts:
+            shutil.copy(base / part, folder)
+    assert {file.name for file in folder.iterdir()} == {"config.json", *parts}
+    return folder
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two tokenizers encode every probe alike, and have the same special tokens."""
+    assert len({tuple(ids) for ids in one(PROBES)["input_ids"]}) > len(PROBES) - 3
+    special = ("bos_token_id", "eos_token_id", "pad_token_id")
+    alike = one(PROBES)["input_ids"] == other(PROBES)["input_ids"]
+    return alike and all(getattr(one, name) == getattr(other, name) for name in special)
+
+
+def of_actor(folder: Path, *flags: str) -> Any:
+    return tokenizers.actor_tokenizer(tiny.settings(f"actor.model_path={folder}", *flags))
+
+
+@families
+def test_an_actor_of_deepspeed_chat_has_the_tokenizer_that_its_config_names(
+    tmp_path: Path, family: str
+) -> None:
+    base = based(tmp_path, family)
+    whole = tokenizers.load_tokenizer(str(base))
+
+    found = of_actor(step1(tmp_path, family, base))
+
+    assert same(found, whole)
+    assert found.eos_token == {"gpt2": "<|endoftext|>", "qwen2": "<|im_end|>"}.get(family, "</s>")
+    begins = {"opt": "</s>", "llama": "<s>"}.get(family)
+    assert found("x")["input_ids"][0] == (found.convert_tokens_to_ids(begins or "x"))
+
+
+@families
+def test_the_tokenizer_of_the_saved_actor_is_the_same(tmp_path: Path, family: str) -> None:
+    found = of_actor(based(tmp_path, family))
+    saved = tmp_path / "saved"
+    FAMILIES[family][1]().to_json_file(saved.with_name("config.json"))
+
+    found.save_pretrained(saved)
+    shutil.copy(saved.with_name("config.json"), saved)
+
+    assert same(tokenizers.load_tokenizer(str(saved)), found)
+    assert same(AutoTokenizer.from_pretrained(saved), found), "for anything else that loads it"
+
+
+@families
+def test_a_whole_tokenizer_beside_the_actor_comes_before_the_named_one(
+    tmp_path: Path, family: str
+) -> None:
+    base = based(tmp_path, family)
+    folder = step1(tmp_path, family, base, "/nowhere/at/all")
+    for file in base.glob("tokenizer*"):
+        shutil.copy(file, folder)
+
+    assert same(of_actor(folder), tokenizers.load_tokenizer(str(base)))
+
+
+@pytest.mark.knob("actor.tokenizer_path")
+def test_the_setting_comes_before_all(tmp_path: Path) -> None:
+    own = based(tmp_path, "gpt2")
+    other = tmp_path / "other"
+    tiny.tokenizer().save_pretrained(other)
+
+    assert same(of_actor(own, f"actor.tokenizer_path={other}"), tiny.tokenizer())
+    assert not same(of_actor(own), tiny.tokenizer())
+
+
+@families
+def test_no_tokenizer_is_made_up_from_half_its_files(tmp_path: Path, family: str) -> None:
+    folder = step1(tmp_path, family, based(tmp_path, family), "/nowhere/at/all")
+
+    with pytest.raises(TrainerError) as caught:
+        of_actor(folder)
+
+    told = str(caught.value)
+    assert told.startswith(f"{folder}: holds no whole tokenizer")
+    for part in ("config.json", *FAMILIES[family][2], "/nowhere/at/all", "HL_ACTOR_TOKENIZER_PATH"):
+        assert part in told
+
+
+@pytest.mark.parametrize(
+    "config", ["", "[]", '{"_name_or_path": ""}', "{}", '{"_name_or_path": 1}']
+)
+def test_where_the_config_names_none_the_error_says_so(tmp_path: Path, config: str) -> None:
+    (tmp_path / "config.json").write_text(config)
+
+    with pytest.raises(TrainerError, match=r"names no other model .* set HL_ACTOR_TOKENIZER_PATH"):
+        of_actor(tmp_path)
+
+
+def test_a_setting_that_names_no_whole_tokenizer_is_an_error(tmp_path: Path) -> None:
+    base = based(tmp_path, "opt")
+    folder = step1(tmp_path, "opt", base)
+
+    with pytest.raises(TrainerError, match=f"^{folder}: holds no whole tokenizer"):
+        of_actor(base, f"actor.tokenizer_path={folder}")
+
+
+def test_a_tokenizer_without_its_vocabulary_is_an_error(tmp_path: Path) -> None:
+    base = based(tmp_path, "gpt2")
+    for part in ("vocab.json", "merges.txt"):
+        (base / part).unlink()
+
+    with pytest.raises(TrainerError, match=f"^{base}: .*vocabulary"):
+        of_actor(base)

@@ -55,7 +55,7 @@ def train(settings: Settings, run: Path, device: Device, warned: Callable[[], bo
     """
     rank = dist.get_rank()
     hybrid.check(settings)
-    tokenizer = tokenizers.load_tokenizer(settings.actor.model_path)
+    tokenizer = tokenizers.actor_tokenizer(settings)
     check_rewards(settings, tokenizer)
     prompts = data.load_prompts(settings, tokenizer, device.torch)
     mix = pretraining.load_mix(settings, tokenizer, device)

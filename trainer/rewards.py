@@ -193,15 +193,13 @@ def _foreign(held: Any | None, tokenizer: Any) -> bool:
 def _own_tokenizer(settings: Settings, tokenizer: Any) -> Any | None:
     """The reward model's tokenizer, or None when the model works on the actor's tokens."""
     path = frozen.reward_path(settings)
-    held = tokenizers.held_tokenizer(path)
     if settings.reward.own_tokenizer:
-        if held is None:
-            raise TrainerError(
-                f"{path}: holds no tokenizer to encode answers with (reward.own_tokenizer): save "
-                "one there, or set HL_REWARD_OWN_TOKENIZER=0 if the model shares the actor's"
-            )
-        return held
-    if _foreign(held, tokenizer):
+        return tokenizers.model_tokenizer(
+            path,
+            "there is none to encode answers with (reward.own_tokenizer): save one there, or set "
+            "HL_REWARD_OWN_TOKENIZER=0 if the reward model shares the actor's",
+        )
+    if _foreign(tokenizers.held_tokenizer(path), tokenizer):
         raise TrainerError(
             f"{path}: the reward model's tokenizer is not the actor's; set "
             f"HL_REWARD_OWN_TOKENIZER=1 and HL_REWARD_MODEL_PATH={path} to decode answers and "
