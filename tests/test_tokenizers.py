@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer  # noqa: 
 from tokenizers import (  # noqa: E402
     Tokenizer,
     decoders,
+    normalizers,
     pre_tokenizers,
+    processors,
     trainers,
 )
 from tokenizers.models import BPE  # noqa: E402
@@ -345,3 +348,73 @@ def test_a_tokenizer_without_its_vocabulary_is_an_error(tmp_path: Path) -> None:
 
     with pytest.raises(TrainerError, match=f"^{base}: .*vocabulary"):
         of_actor(base)
+
+
+# 3. Llama's tokenizer, which transformers rebuilds from parts.
+
+
+def pieces(model: SentencePieceProcessor, text: str) -> list[int]:
+    """What the reference's slow tokenizer gives: each stretch between special tokens by itself."""
+    special = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    parts = [part for part in re.split("(<unk>|<s>|</s>)", text) if part]
+    return [
+        id for part in parts for id in ([special[part]] if part in special else model.encode(part))
+    ]
+
+
+CLEANED_UP = {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True}
+
+
+@pytest.mark.parametrize(
+    ("options", "serialized"),
+    [({}, False), ({}, True), (CLEANED_UP, False)],
+    ids=["spaces stay", "as beside Llama 2", "spaces are cleaned up"],
+)
+@pytest.mark.parametrize("bos", [{}, {"add_bos_token": True}])
+def test_llamas_ids_are_those_of_sentencepiece(
+    tmp_path: Path, options: dict[str, Any], serialized: bool, bos: dict[str, bool]
+) -> None:
+    model = sentencepiece_model(tmp_path / "tokenizer.model", **options)
+    LlamaConfig().to_json_file(tmp_path / "config.json")
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    said(tmp_path, tokenizer_class="LlamaTokenizer", **special, **bos)
+    if serialized:
+        serialize_as_llama2(tmp_path)
+
+    found = tokenizers.load_tokenizer(str(tmp_path))
+
+    for text in PROBES:
+        assert found(text)["input_ids"] == [1, *pieces(model, text)], text
+    if not options:
+        for text in PROBES[:9]:
+            assert found.decode(found(text)["input_ids"][1:]) == text
+
+
+def serialize_as_llama2(folder: Path) -> None:
+    """The tokenizer.json that is beside Llama 2: the dummy prefix is a normalizer's."""
+    backend = AutoTokenizer.from_pretrained(folder).backend_tokenizer
+    backend.pre_tokenizer = None
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    backend.save(str(folder / "tokenizer.json"))
+
+
+def test_without_legacy_only_a_whole_text_gets_the_dummy_prefix(tmp_path: Path) -> None:
+    model = sentencepiece_model(tmp_path / "tokenizer.model")
+    LlamaConfig().to_json_file(tmp_path / "config.json")
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    said(tmp_path, tokenizer_class="LlamaTokenizer", legacy=False, **special)
+
+    found = tokenizers.load_tokenizer(str(tmp_path))
+
+    for text in PROBES[:9]:
+        assert found(text)["input_ids"] == [1, *model.encode(text)]
+    for after in ("and more", " and more", "  and more"):
+        ids = found(f"the end</s>{after}")["input_ids"]
+        assert ids[: ids.index(2)] == [1, *model.encode("the end")]
+        told = [found.convert_ids_to_tokens(id) for id in ids[ids.index(2) + 1 :]]
+        assert "".join(told) == after.replace(" ", "▁")

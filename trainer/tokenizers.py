@@ -10,6 +10,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import AutoTokenizer
 
 from hlrlhf.settings import Settings
+from hlrlhf.trainer import fidelity
 from hlrlhf.trainer.errors import TrainerError
 from hlrlhf.trainer.models import Policy, Scorer
 
@@ -107,7 +108,12 @@ def load_tokenizer(path: str) -> Any:
             f"{path}: the tokenizer there has no token but special ones; the files of its "
             "vocabulary are missing"
         )
-    return tokenizer
+    said = _file(path, "tokenizer_config.json")
+    return fidelity.as_its_files_say(
+        tokenizer,
+        _file(path, "tokenizer.json"),
+        {} if said is None else json.loads(said.read_text(encoding="utf-8")),
+    )
 
 
 def check_vocabulary(tokenizer: Any, role: str, model: Policy | Scorer) -> None:
