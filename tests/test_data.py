@@ -18,6 +18,7 @@ import tiny  # noqa: E402
 from datasets import Dataset, DatasetDict  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from tiny import one_rank  # noqa: E402, F401
+from tokenizers import processors  # noqa: E402
 
 from hlrlhf.trainer import data  # noqa: E402
 from hlrlhf.trainer.errors import TrainerError  # noqa: E402
@@ -198,6 +199,47 @@ def test_a_prompt_does_not_end_with_an_end_token(tmp_path: Path) -> None:
     found = read(path, tokenizer)
 
     assert texts(found, tokenizer) == ["closed", "open"]
+
+
+@pytest.mark.parametrize("text", ["<s>Human: hi", "<s> Human: hi", "<s>"])
+def test_a_prompt_that_begins_with_bos_gets_no_other(tmp_path: Path, text: str) -> None:
+    tokenizer = tiny.tokenizer()
+    ended = tiny.tokenizer()
+    ended.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    path = as_jsonl(tmp_path, [{"prompt": text}, {"prompt": text.removeprefix("<s>") or "x"}])
+
+    for each in (tokenizer, ended):
+        first, second = read(path, each)
+        assert first == tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert second == tokenizer(text.removeprefix("<s>") or "x")["input_ids"]
+
+
+def test_a_transcript_that_begins_with_bos_gets_no_other(tmp_path: Path, tokenizer: Any) -> None:
+    path = as_jsonl(tmp_path, [{"chosen": "<s>\n\nHuman: a\n\nAssistant: b"}])
+
+    assert texts(read(path, tokenizer), tokenizer) == ["\n\nHuman: a\n\nAssistant:"]
+
+
+def test_a_chat_whose_template_and_first_message_begin_with_bos_has_one(tmp_path: Path) -> None:
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer = tiny.tokenizer(template)
+    chats = [[{"role": "user", "content": text}] for text in ("<s>hi", "hi")]
+    path = as_jsonl(tmp_path, [{"messages": chat} for chat in chats])
+
+    assert texts(read(path, tokenizer), tokenizer) == ["hi", "hi"]
+
+
+def test_two_tokens_that_a_text_itself_begins_with_stay(tmp_path: Path) -> None:
+    """As GPT-2's tokenizer: its BOS is its end token, and it puts none in front."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.bos_token = tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel()
+    path = as_jsonl(tmp_path, [{"prompt": "</s></s>x"}])
+
+    ((first, second, *_),) = read(path, tokenizer)
+    assert first == second == tokenizer.eos_token_id
 
 
 @pytest.mark.knob("dataset.max_prompt_tokens")

@@ -255,13 +255,15 @@ def _prompt(path: str, column: str, value: Any) -> str | list[dict[str, str]]:
 
 
 def tokenize(prompts: Sequence[str | list[dict[str, str]]], tokenizer: Any) -> list[list[int]]:
-    """All texts or chats of a data set in one call: tokenizers work on many texts side by side."""
+    """All texts or chats of a data set in one call: tokenizers work on many texts side by side.
+
+    None ends with an end token, which an answer cannot follow.
+    """
     if not prompts:
         return []
     if isinstance(prompts[0], str):
         end = tokenizer.eos_token_id
-        texts: list[list[int]] = tokenizer(list(prompts))["input_ids"]
-        # Some tokenizers end every text; an answer cannot follow an end.
+        texts = encode([str(text) for text in prompts], tokenizer)
         return [ids[:-1] if ids and ids[-1] == end else ids for ids in texts]
     if tokenizer.chat_template is None:
         raise TrainerError(
@@ -273,7 +275,26 @@ def tokenize(prompts: Sequence[str | list[dict[str, str]]], tokenizer: Any) -> l
     ]
     # The template has written the special tokens already.
     encoded: list[list[int]] = tokenizer(chats, add_special_tokens=False)["input_ids"]
-    return encoded
+    return _with_one_bos(encoded, tokenizer)
+
+
+def encode(texts: list[str], tokenizer: Any) -> list[list[int]]:
+    """Texts as token ids, with what the tokenizer puts in front, without an end that it puts.
+
+    A text that begins with BOS already gets no other one.
+    """
+    rows: list[list[int]] = tokenizer(texts)["input_ids"]
+    alone: list[int] = tokenizer("a")["input_ids"]
+    if alone[0] == tokenizer.bos_token_id:
+        rows = _with_one_bos(rows, tokenizer)
+    if alone[-1] == tokenizer.eos_token_id:
+        rows = [ids[:-1] for ids in rows]
+    return rows
+
+
+def _with_one_bos(rows: list[list[int]], tokenizer: Any) -> list[list[int]]:
+    twice = [tokenizer.bos_token_id] * 2
+    return [ids[1:] if ids[:2] == twice else ids for ids in rows]
 
 
 def to_all_ranks(ids: list[list[int]], device: torch.device) -> list[list[int]]:
