@@ -20,6 +20,7 @@ from hlrlhf.trainer import (
     flops,
     frozen,
     hybrid,
+    lengths,
     loading,
     lora,
     measures,
@@ -59,6 +60,7 @@ def train(settings: Settings, run: Path, device: Device, warned: Callable[[], bo
     check_rewards(settings, tokenizer)
     prompts = data.load_prompts(settings, tokenizer, device.torch)
     mix = pretraining.load_mix(settings, tokenizer, device)
+    lengths.check_lengths(settings, prompts)
     total_steps = settings.epochs * len(prompts.ids) // settings.gbs
     if settings.run_steps:
         total_steps = min(total_steps, settings.run_steps)
@@ -126,7 +128,7 @@ def train(settings: Settings, run: Path, device: Device, warned: Callable[[], bo
             rollout, actor, critic, reference, rewards, settings, device, kl.coefficient
         )
         clock.lap("score_seconds")
-        totals = measures.totals(rollout, experience)
+        totals = measures.totals(rollout, experience) | rewards.totals()
         if whole := guard.usable(experience):
             told, whole = update(experience, actor, critic, mix, settings, device, average)
             totals |= told

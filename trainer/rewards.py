@@ -16,9 +16,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hlrlhf.settings import Settings
-from hlrlhf.trainer import flops, frozen, tokenizers
+from hlrlhf.trainer import flops, frozen, lengths, tokenizers
 from hlrlhf.trainer.device import Device
 from hlrlhf.trainer.errors import TrainerError
+from hlrlhf.trainer.models import unwrapped
 from hlrlhf.trainer.rollout import Rollout
 from hlrlhf.trainer.scores import FunctionScores, ModelScores, imported, tokens_scored
 
@@ -74,6 +75,14 @@ class Rewards:
             scores = self._normalizer(scores)
         clipped = scores.clamp(-self._settings.clip, self._settings.clip)
         return clipped - self._settings.missing_eos_penalty * (~ended).to(clipped.dtype)
+
+    def totals(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """What the last scores show of the reward model, for `metrics.means`; nothing for most."""
+        for _, source in self._sources:
+            if isinstance(source, ModelScores) and source.cut is not None:
+                rows = torch.tensor(len(source.cut), device=source.cut.device)
+                return {"reward_cut": (source.cut.sum(), rows)}
+        return {}
 
     def column(self, rollout: Rollout) -> Tensor:
         """The column of the answer's token that gets the score, [b].
@@ -168,7 +177,8 @@ def load_rewards(
         reads = tokenizer if again is None else again
         model = frozen.reward_model(settings, reads, critic, first_head, device)
         cost = flops.cost(model.module)
-        by_model = ModelScores(model, tokenizer, again, settings, device)
+        longest = lengths.longest(unwrapped(model.module.inner).config)
+        by_model = ModelScores(model, tokenizer, again, settings, device, longest)
         sources.append((own.model_weight, by_model))
     if own.function is not None:
         sources.append((own.function_weight, FunctionScores(own.function, tokenizer)))

@@ -28,10 +28,21 @@ class ModelScores:
         own: the reward model's tokenizer, if answers are to be encoded again with it.
         settings: all of them.
         device: the rank's.
+        longest: tokens that the model can read, None where there is no end; in tokens of its own, a
+            text that is longer keeps its end, where the answer is, and its BOS.
+
+    Attributes:
+        cut: [b], which texts of the last rollout were too long; None where none can be.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, own: Any | None, settings: Settings, device: Device
+        self,
+        model: Any,
+        tokenizer: Any,
+        own: Any | None,
+        settings: Settings,
+        device: Device,
+        longest: int | None = None,
     ):
         self._model = model
         self._tokenizer = tokenizer
@@ -39,6 +50,8 @@ class ModelScores:
         self._score_at = settings.reward.score_at
         self._rows = settings.mbs
         self._device = device
+        self._longest = longest
+        self.cut: Tensor | None = None
 
     def __call__(self, rollout: Rollout) -> Tensor:
         """Scores of a rollout's answers, [b] in fp32."""
@@ -73,12 +86,23 @@ class ModelScores:
         if end is not None and self._score_at == "end":
             has_end = rollout.has_end_token.tolist()
             rows = [ids + [end] * has for ids, has in zip(rows, has_end, strict=True)]
+        if self._longest is not None:
+            too_long = [len(ids) > self._longest for ids in rows]
+            self.cut = torch.tensor(too_long, device=rollout.sequences.device)
+            rows = [self._end_of(ids, self._longest) for ids in rows]
         # The mask hides what fills up; any token does where there is none for it. A row with no
         # text at all must still have a last token.
         named = (self._own.pad_token_id, end, 0)
         fill = next(token for token in named if token is not None)
         ids, mask = data.pad_left([row or [fill] for row in rows], fill, self._device.pad_to)
         return ids.to(rollout.sequences.device), mask.to(rollout.sequences.device)
+
+    def _end_of(self, ids: list[int], longest: int) -> list[int]:
+        assert self._own is not None
+        if len(ids) <= longest:
+            return ids
+        begin = ids[:1] if ids[0] == self._own.bos_token_id else []
+        return begin + ids[len(ids) - longest + len(begin) :]
 
 
 class FunctionScores:
