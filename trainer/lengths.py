@@ -52,7 +52,7 @@ def check_lengths(settings: Settings, prompts: data.Prompts) -> None:
     models = {"actor": settings.actor.model_path, "critic": settings.critic.model_path}
     if settings.reward.model_weight and not settings.reward.own_tokenizer:
         models["reward model"] = frozen.reward_path(settings)
-    prompt = max(map(len, [*prompts.ids, *prompts.held_out]))
+    prompt = max(prompts.ids.longest, prompts.held_out.longest)
     answer = settings.generation.max_new_tokens
     for role, path in models.items():
         places = _of_checkpoint(path)
