@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+import ranks  # noqa: E402
 import tiny  # noqa: E402
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer  # noqa: E402
 from tokenizers import (  # noqa: E402
@@ -275,6 +279,35 @@ def test_an_actor_of_deepspeed_chat_has_the_tokenizer_that_its_config_names(
     assert found("x")["input_ids"][0] == (found.convert_tokens_to_ids(begins or "x"))
 
 
+def test_what_the_config_names_may_be_on_the_hub(tmp_path: Path) -> None:
+    """As `facebook/opt-1.3b`: here it is in the cache, and there is no network."""
+    base = based(tmp_path, "opt")
+    folder = step1(tmp_path, "opt", base, "me/base")
+    cached = tmp_path / "cache" / "models--me--base"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(base, cached / "snapshots" / ("0" * 40))
+    program = (
+        "import json, sys\n"
+        "from hlrlhf.trainer import tokenizers\n"
+        "found = tokenizers.model_tokenizer(sys.argv[1], 'no remedy')\n"
+        "print(json.dumps(found(json.loads(sys.argv[2]))['input_ids']))\n"
+    )
+
+    # Where the cache is, the library asks when it is imported.
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(folder), json.dumps(PROBES)],
+        env=os.environ | {"HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr
+    whole = tokenizers.load_tokenizer(str(base))
+    assert json.loads(done.stdout.splitlines()[-1]) == whole(PROBES)["input_ids"]
+
+
 @families
 def test_the_tokenizer_of_the_saved_actor_is_the_same(tmp_path: Path, family: str) -> None:
     found = of_actor(based(tmp_path, family))
@@ -348,6 +381,39 @@ def test_a_tokenizer_without_its_vocabulary_is_an_error(tmp_path: Path) -> None:
 
     with pytest.raises(TrainerError, match=f"^{base}: .*vocabulary"):
         of_actor(base)
+
+
+@pytest.mark.slow
+def test_a_run_from_a_folder_of_deepspeed_chat_is_the_run_with_the_whole_one(
+    demo_models: Path, tmp_path: Path
+) -> None:
+    """Prompts, stop strings, evaluation and the saved actor have the tokenizer that is named."""
+    parts = shutil.copytree(demo_models / "actor", tmp_path / "actor")
+    whole = tokenizers.load_tokenizer(str(parts))
+    for file in parts.glob("*token*"):
+        file.unlink()
+    whole.backend_tokenizer.model.save(str(parts))
+    config = json.loads((parts / "config.json").read_text())
+    config["_name_or_path"] = str(demo_models / "actor")
+    (parts / "config.json").write_text(json.dumps(config))
+    runs = []
+    for name, folder in (("whole", demo_models / "actor"), ("parts", parts)):
+        ranks.prepare(
+            tmp_path / name,
+            demo_models,
+            actor__model_path=folder,
+            generation__stop=[" the"],
+            evaluation__interval=2,
+            run_steps=2,
+        )
+        runs.append(ranks.train(tmp_path / name))
+        assert runs[-1].codes == [0], runs[-1].output
+
+    for name in ("samples.jsonl", "evaluations.jsonl"):
+        one, other = (ranks.read_lines(run.directory / name) for run in runs)
+        assert one == other
+    saved = runs[1].directory / "checkpoints" / "final" / "actor"
+    assert same(tokenizers.load_tokenizer(str(saved)), whole)
 
 
 # 3. Llama's tokenizer, which transformers rebuilds from parts.
