@@ -318,7 +318,9 @@ def test_the_tokenizer_of_the_saved_actor_is_the_same(tmp_path: Path, family: st
     shutil.copy(saved.with_name("config.json"), saved)
 
     assert same(tokenizers.load_tokenizer(str(saved)), found)
-    assert same(AutoTokenizer.from_pretrained(saved), found), "for anything else that loads it"
+    again = AutoTokenizer.from_pretrained(saved)
+    assert same(again, found), "for anything else that loads it"
+    assert set(again("x")) <= {"input_ids", "attention_mask"}, "what a causal model takes"
 
 
 @families

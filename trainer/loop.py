@@ -59,8 +59,8 @@ def train(settings: Settings, run: Path, device: Device, warned: Callable[[], bo
     tokenizer = tokenizers.actor_tokenizer(settings)
     check_rewards(settings, tokenizer)
     prompts = data.load_prompts(settings, tokenizer, device.torch)
-    mix = pretraining.load_mix(settings, tokenizer, device)
     lengths.check_lengths(settings, prompts)
+    mix = pretraining.load_mix(settings, tokenizer, device)
     total_steps = settings.epochs * len(prompts.ids) // settings.gbs
     if settings.run_steps:
         total_steps = min(total_steps, settings.run_steps)
