@@ -135,10 +135,15 @@ def test_help_lists_every_setting(command: str) -> None:
 
 
 def test_what_can_be_no_name_on_the_hub_is_a_path(tmp_path: Path) -> None:
-    models = {"HL_ACTOR_MODEL_PATH": "my/models/actor", "HL_CRITIC_MODEL_PATH": "me/critic"}
+    models = {
+        "HL_ACTOR_MODEL_PATH": "my/models/actor",
+        "HL_ACTOR_TOKENIZER_PATH": "my/own/tokenizer",
+        "HL_CRITIC_MODEL_PATH": "me/critic",
+    }
     environ = MANDATORY | models | {"HL_DATASET_PATH": "data/new.jsonl prompts/new"}
     shown = json.loads(hlrlhf("show", "--json", cwd=tmp_path, **environ).stdout)["settings"]
     assert shown["actor.model_path"]["value"] == f"{tmp_path}/my/models/actor"
+    assert shown["actor.tokenizer_path"]["value"] == f"{tmp_path}/my/own/tokenizer"
     assert shown["critic.model_path"]["value"] == "me/critic"
     assert shown["dataset.path"]["value"] == [f"{tmp_path}/data/new.jsonl", "prompts/new"]
 

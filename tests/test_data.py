@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,11 @@ import tiny  # noqa: E402
 from datasets import Dataset, DatasetDict  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from tiny import one_rank  # noqa: E402, F401
+from tokenizers import processors  # noqa: E402
 
 from hlrlhf.trainer import data  # noqa: E402
 from hlrlhf.trainer.errors import TrainerError  # noqa: E402
+from hlrlhf.trainer.rows import Rows  # noqa: E402
 
 TEXTS = ["Human: hi\n\nAssistant:", 'Human: ünï 漢字, "quoted"\nline\n\nAssistant:', "third"]
 TEMPLATE = (
@@ -36,11 +38,12 @@ def tokenizer() -> Any:
 
 
 def read(path: Path | str, tokenizer: Any, *flags: str) -> list[list[int]]:
-    return data.read(str(path), tiny.settings(*flags), tokenizer)
+    return list(data.read(str(path), tiny.settings(*flags), tokenizer))
 
 
-def texts(prompts: list[list[int]], tokenizer: Any) -> list[str]:
+def texts(prompts: Iterable[list[int]], tokenizer: Any) -> list[str]:
     """The prompts' texts; each begins with one BOS, as the tokenizer puts it."""
+    prompts = list(prompts)
     assert all(ids.count(tokenizer.bos_token_id) == 1 for ids in prompts)
     assert all(ids[0] == tokenizer.bos_token_id for ids in prompts)
     return [tokenizer.decode(ids[1:]) for ids in prompts]
@@ -200,6 +203,47 @@ def test_a_prompt_does_not_end_with_an_end_token(tmp_path: Path) -> None:
     assert texts(found, tokenizer) == ["closed", "open"]
 
 
+@pytest.mark.parametrize("text", ["<s>Human: hi", "<s> Human: hi", "<s>"])
+def test_a_prompt_that_begins_with_bos_gets_no_other(tmp_path: Path, text: str) -> None:
+    tokenizer = tiny.tokenizer()
+    ended = tiny.tokenizer()
+    ended.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    path = as_jsonl(tmp_path, [{"prompt": text}, {"prompt": text.removeprefix("<s>") or "x"}])
+
+    for each in (tokenizer, ended):
+        first, second = read(path, each)
+        assert first == tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert second == tokenizer(text.removeprefix("<s>") or "x")["input_ids"]
+
+
+def test_a_transcript_that_begins_with_bos_gets_no_other(tmp_path: Path, tokenizer: Any) -> None:
+    path = as_jsonl(tmp_path, [{"chosen": "<s>\n\nHuman: a\n\nAssistant: b"}])
+
+    assert texts(read(path, tokenizer), tokenizer) == ["\n\nHuman: a\n\nAssistant:"]
+
+
+def test_a_chat_whose_template_and_first_message_begin_with_bos_has_one(tmp_path: Path) -> None:
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer = tiny.tokenizer(template)
+    chats = [[{"role": "user", "content": text}] for text in ("<s>hi", "hi")]
+    path = as_jsonl(tmp_path, [{"messages": chat} for chat in chats])
+
+    assert texts(read(path, tokenizer), tokenizer) == ["hi", "hi"]
+
+
+def test_two_tokens_that_a_text_itself_begins_with_stay(tmp_path: Path) -> None:
+    """As GPT-2's tokenizer: its BOS is its end token, and it puts none in front."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.bos_token = tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel()
+    path = as_jsonl(tmp_path, [{"prompt": "</s></s>x"}])
+
+    ((first, second, *_),) = read(path, tokenizer)
+    assert first == second == tokenizer.eos_token_id
+
+
 @pytest.mark.knob("dataset.max_prompt_tokens")
 def test_long_and_empty_prompts_are_dropped_and_counted(
     tmp_path: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]
@@ -265,9 +309,9 @@ def test_data_sets_that_cannot_be_read(tmp_path: Path, tokenizer: Any) -> None:
 
 
 def test_without_weights_a_blend_holds_all_of_all() -> None:
-    sets = [[[1], [2]], [[3]]]
+    sets = [Rows.of([[1], [2]]), Rows.of([[3]])]
 
-    assert data.blend(sets, None, 0) == [[1], [2], [3]]
+    assert list(data.blend(sets, None, 0)) == [[1], [2], [3]]
 
 
 @pytest.mark.parametrize(
@@ -282,15 +326,15 @@ def test_without_weights_a_blend_holds_all_of_all() -> None:
 def test_weights_are_shares_and_no_prompt_is_taken_twice(
     sizes: tuple[int, ...], weights: tuple[float, ...], taken: tuple[int, ...]
 ) -> None:
-    sets = [[[index, row] for row in range(size)] for index, size in enumerate(sizes)]
+    sets = [Rows.of([index, row] for row in range(size)) for index, size in enumerate(sizes)]
 
-    mixed = data.blend(sets, weights, 3)
+    mixed = list(data.blend(sets, weights, 3))
 
     assert tuple(Counter(index for index, _ in mixed).values()) == taken
     assert len({tuple(prompt) for prompt in mixed}) == len(mixed)
-    assert mixed == data.blend(sets, weights, 3)
+    assert mixed == list(data.blend(sets, weights, 3))
     if taken[-1] < sizes[-1]:
-        assert mixed != data.blend(sets, weights, 4)
+        assert mixed != list(data.blend(sets, weights, 4))
 
 
 @pytest.mark.knob("dataset.path", "dataset.weights")
@@ -303,8 +347,8 @@ def test_the_prompts_of_a_run(tmp_path: Path, tokenizer: Any) -> None:
 
     prompts = data.load_prompts(settings, tokenizer, torch.device("cpu"))
 
-    sets = [read(path, tokenizer) for path in (first, second)]
-    assert prompts.ids == data.blend(sets, [2, 1], 9)
+    sets = [Rows.of(read(path, tokenizer)) for path in (first, second)]
+    assert list(prompts.ids) == list(data.blend(sets, [2, 1], 9))
     assert len(prompts.ids) == 9
     assert prompts.seed == 9
 
@@ -312,31 +356,38 @@ def test_the_prompts_of_a_run(tmp_path: Path, tokenizer: Any) -> None:
 # 5. Held out.
 
 
+def held_out(
+    ids: list[list[int]], own: list[list[int]] | None, count: int, seed: int
+) -> tuple[list[list[int]], list[list[int]]]:
+    left, held = data.hold_out(Rows.of(ids), None if own is None else Rows.of(own), count, seed)
+    return list(left), list(held)
+
+
 def test_held_out_prompts_never_train_and_their_doubles_neither() -> None:
     ids = [[i % 10] for i in range(30)] + [[50 + i] for i in range(10)]
 
-    left, held = data.hold_out(ids, None, 6, 1)
+    left, held = held_out(ids, None, 6, 1)
 
     assert len(held) == len(set(map(tuple, held))) == 6
     assert left == [prompt for prompt in ids if prompt not in held]
     assert min(map(len, (left, held))) > 0
-    assert (left, held) == data.hold_out(ids, None, 6, 1)
-    assert held != data.hold_out(ids, None, 6, 2)[1]
+    assert (left, held) == held_out(ids, None, 6, 1)
+    assert held != held_out(ids, None, 6, 2)[1]
 
 
 def test_held_out_prompts_of_their_own() -> None:
     own = [[7], [8], [9], [9], [3]]
 
-    left, held = data.hold_out([[1], [9], [2], [9]], own, 64, 1)
+    left, held = held_out([[1], [9], [2], [9]], own, 64, 1)
 
     assert sorted(held) == [[3], [7], [8], [9]], "all, each once"
     assert left == [[1], [2]]
-    assert len(data.hold_out([[1]], own, 2, 1)[1]) == 2
+    assert len(held_out([[1]], own, 2, 1)[1]) == 2
 
 
 def test_all_held_out_leaves_nothing_to_train_on() -> None:
     with pytest.raises(TrainerError, match=r"all 3 are held out.*HL_EVALUATION_PROMPTS"):
-        data.hold_out([[1], [2], [1]], None, 2, 1)
+        held_out([[1], [2], [1]], None, 2, 1)
 
 
 @pytest.mark.knob("evaluation.path", "evaluation.prompts")
@@ -357,7 +408,7 @@ def test_the_held_out_prompts_of_a_run(tmp_path: Path, tokenizer: Any) -> None:
     assert (len(given.ids), len(given.held_out)) == (8, 6)
     assert {text[0] for text in texts(given.held_out, tokenizer)} == {"b"}
     never = loaded("evaluation.interval=0")
-    assert (len(never.ids), never.held_out) == (8, [])
+    assert (len(never.ids), len(never.held_out)) == (8, 0)
 
 
 # 6. The order of a run.
@@ -366,7 +417,7 @@ def test_the_held_out_prompts_of_a_run(tmp_path: Path, tokenizer: Any) -> None:
 @hypothesis.settings(max_examples=60)
 @hypothesis.given(st.integers(1, 20), st.integers(1, 9), st.integers(0, 2**31))
 def test_each_pass_takes_every_prompt_once(count: int, size: int, seed: int) -> None:
-    prompts = data.Prompts([[i] for i in range(count)], seed)
+    prompts = data.Prompts(Rows.of([i] for i in range(count)), seed)
     steps = -(-3 * count // size)
 
     stream = [index for step in range(steps) for index in prompts.batch(step, size)]
@@ -380,7 +431,7 @@ def test_each_pass_takes_every_prompt_once(count: int, size: int, seed: int) -> 
 
 
 def test_passes_and_seeds_differ_in_their_order() -> None:
-    prompts = data.Prompts([[i] for i in range(50)], 1)
+    prompts = data.Prompts(Rows.of([i] for i in range(50)), 1)
     orders = [prompts.batch(step, 50) for step in range(3)]
     orders += [data.Prompts(prompts.ids, 7).batch(0, 50), list(range(50))]
 
@@ -396,7 +447,51 @@ def test_prompts_are_padded_on_the_left(multiple: int, width: int) -> None:
     assert mask.tolist() == [[0] * left + [1, 1, 1], [0] * (left + 2) + [1]]
 
 
-# 7. Real data.
+# 7. Memory.
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_what_a_rank_keeps_are_4_bytes_a_token_and_two_numbers_a_prompt(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    path = as_jsonl(tmp_path, [{"prompt": f"{i} is a number"} for i in range(300)])
+    flags = (f"dataset.path={path}", "evaluation.interval=1", "evaluation.prompts=50")
+
+    prompts = data.load_prompts(tiny.settings(*flags), tokenizer, torch.device("cpu"))
+    prompts.batch(0, 400)  # spans two passes, each in an order of its own
+
+    for rows, number in ((prompts.ids, 250), (prompts.held_out, 50)):
+        assert len(rows) == number
+        tokens = sum(map(len, rows))
+        # The storage, not the view: nothing larger may be kept alive behind it.
+        held = sum(part.untyped_storage().nbytes() for part in (rows.ids, rows.offsets))
+        assert held == 4 * tokens + 8 * (number + 1)
+    orders = prompts.__dict__["_permutations"].values()
+    assert [order.untyped_storage().nbytes() for order in orders] == [8 * 250] * 2
+
+
+def test_a_data_set_is_tokenized_in_parts(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
+    monkeypatch.setattr(data, "SIDE_BY_SIDE", 3)
+    written = ["a", "bb", "c", "dd", "e", "ff", "g"]
+
+    assert texts(data.tokenized(written, tokenizer), tokenizer) == written
+
+
+@hypothesis.given(st.lists(st.lists(st.integers(0, 2**31 - 1), max_size=4), max_size=8), st.data())
+def test_rows_are_the_lists_that_they_were_made_of(rows: list[list[int]], draws: Any) -> None:
+    made = Rows.of(rows)
+    some = draws.draw(st.lists(st.integers(0, len(rows) - 1))) if rows else []
+
+    assert list(made) == rows
+    assert [made[index] for index in range(len(made))] == rows
+    assert list(made.picked(some)) == [rows[index] for index in some]
+    assert list(Rows.joined([made, made.picked(some)])) == rows + [rows[i] for i in some]
+    assert made.longest == max(map(len, rows), default=0)
+    keys = [made.key(index) for index in range(len(rows))]
+    assert len(set(keys)) == len(set(map(tuple, rows)))
+
+
+# 8. Real data.
 
 
 @pytest.mark.parametrize("split", ["train", "test"])

@@ -16,6 +16,7 @@ from tiny import EOS, PAD, one_rank  # noqa: E402, F401
 
 from hlrlhf.trainer import frozen, loading, lora, models, rollout  # noqa: E402
 from hlrlhf.trainer.evaluation import Evaluation  # noqa: E402
+from hlrlhf.trainer.rows import Rows  # noqa: E402
 
 PROMPTS = [[1, 5, 6, 7, 8, 9], [1, 30], [1, 11, 12], [1, 4], [1, 40, 41]]
 FLAGS = ("generation.max_new_tokens=6", "generation.temperature=0.7", "evaluation.interval=2")
@@ -32,7 +33,7 @@ def evaluation(*flags: str, prompts: Any = PROMPTS) -> Evaluation:
     settings = tiny.settings(*FLAGS, *flags)
     device = tiny.cpu(settings)
     sampling = rollout.sampling(settings, tiny.tokenizer(), [EOS], PAD, device)
-    return Evaluation(prompts, sampling, settings, device)
+    return Evaluation(Rows.of(prompts), sampling, settings, device)
 
 
 class Scores:

@@ -245,8 +245,23 @@ def test_tokenizers_may_differ_by_tokens_that_one_has_more(
 
 
 def test_encoding_again_needs_a_tokenizer(folders: dict[str, Path]) -> None:
-    with pytest.raises(TrainerError, match=r"holds no tokenizer .*HL_REWARD_OWN_TOKENIZER=0"):
+    with pytest.raises(TrainerError, match=r"holds no whole tokenizer.*HL_REWARD_OWN_TOKENIZER=0"):
         loaded(folders, f"reward.model_path={folders['reward']}", "reward.own_tokenizer=1")
+
+
+def test_a_tokenizer_of_its_own_may_be_that_of_the_model_it_was_made_from(
+    foreign: dict[str, Path], tmp_path: Path
+) -> None:
+    flags = (f"reward.model_path={foreign['reward']}", "reward.own_tokenizer=1")
+    expected = raw(foreign, *flags)
+    base = tmp_path / "base"
+    base.mkdir()
+    for file in foreign["reward"].glob("*token*"):
+        file.rename(base / file.name)
+    config = foreign["reward"] / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"_name_or_path": str(base)}))
+
+    torch.testing.assert_close(raw(foreign, *flags), expected)
 
 
 def test_the_embedding_must_fit_the_tokenizer_that_is_used(foreign: dict[str, Path]) -> None:

@@ -140,6 +140,81 @@ def test_a_tokenizer_without_special_tokens_does(tmp_path: Path, architecture: s
     assert score == pytest.approx(plain_score(plain, [0]), abs=TOLERANCE)
 
 
+CHAT = ["<s>", "<|im_start|>", "user", "\nHi", "<|im_end|>", "<|im_start|>", "assistant", "\n"]
+
+
+def with_chat_tokens(made: Any) -> Any:
+    made.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    return made
+
+
+def as_ids(tokenizer: Any, parts: list[str]) -> list[int]:
+    """A template's text, in parts so that no tokenizer decides where a special token stands."""
+    ids = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts]
+    return [id for part in ids for id in part]
+
+
+def shown_to_the_model(tokenizer: Any, own: Any, prompt: list[int], answer: list[int]) -> list[int]:
+    settings = tiny.settings()
+    source = scores.ModelScores(None, tokenizer, own, "end", settings, tiny.cpu(settings))
+    ids, mask = source._encoded_again(tiny.rolled_out([prompt], [answer]))
+    return ids[mask.bool()].tolist()
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_special_tokens_of_a_chat_are_text_where_the_reward_model_knows_them(ended: bool) -> None:
+    actors, own = with_chat_tokens(tiny.tokenizer()), with_chat_tokens(other_tokenizer())
+    answer = ["Ho", "<|im_end|>", "\n", "<s>"]
+
+    found = shown_to_the_model(
+        actors, own, as_ids(actors, CHAT), as_ids(actors, answer) + [EOS] * ended
+    )
+
+    # One BOS, as the actor's at the beginning is the tokenizer's own; the later one is text.
+    assert found == as_ids(own, CHAT + answer) + [EOS] * ended
+
+
+def test_a_turn_may_end_with_the_token_that_also_pads() -> None:
+    actors, own = with_chat_tokens(tiny.tokenizer()), with_chat_tokens(other_tokenizer())
+    actors.pad_token = actors.eos_token = "<|im_end|>"
+
+    found = shown_to_the_model(actors, own, as_ids(actors, CHAT), [*as_ids(actors, ["Ho"]), EOS])
+
+    assert found == [*as_ids(own, [*CHAT, "Ho"]), EOS]
+
+
+def test_special_tokens_that_the_reward_model_does_not_know_are_left_out() -> None:
+    actors, own = with_chat_tokens(tiny.tokenizer()), other_tokenizer()
+
+    found = shown_to_the_model(
+        actors, own, as_ids(actors, CHAT), [*as_ids(actors, ["Ho", "<|im_end|>"]), EOS]
+    )
+
+    assert found == own("user\nHiassistant\nHo")["input_ids"] + [EOS]
+
+
+def test_a_stop_string_that_is_an_end_token_of_the_reward_model_is_shown_to_it() -> None:
+    actors, own = with_chat_tokens(tiny.tokenizer()), with_chat_tokens(other_tokenizer())
+    own.eos_token = "<|im_end|>"
+    written = as_ids(actors, ["Ho", "<|im_end|>"])
+
+    found = shown_to_the_model(actors, own, as_ids(actors, CHAT), written)
+
+    assert found == as_ids(own, [*CHAT, "Ho", "<|im_end|>"])
+
+
+def test_a_text_that_begins_with_the_reward_models_bos_gets_no_other() -> None:
+    """For the actor's tokenizer it is a special token as any other."""
+    actors = tiny.tokenizer()
+    actors.bos_token = None
+    actors.backend_tokenizer.post_processor = processors.ByteLevel()
+    own = other_tokenizer()
+
+    found = shown_to_the_model(actors, own, actors("<s>Hi")["input_ids"], [EOS])
+
+    assert found == [own.bos_token_id, *own("Hi", add_special_tokens=False)["input_ids"], EOS]
+
+
 def test_widths_are_those_that_the_device_asks_for(tmp_path: Path) -> None:
     tokenizer, own = tiny.tokenizer(), other_tokenizer()
     folder = tiny.save_classifier(tmp_path, "llama", vocabulary=len(own))

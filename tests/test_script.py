@@ -421,7 +421,11 @@ def test_containers_get_every_value_as_it_is(
         f"environment.python={recorder(folder)}",
         "evaluation.interval=1",
     ]
-    paths = {"HL_ACTOR_MODEL_PATH": f"/actor{text}", "HL_EVALUATION_PATH": f"/eval{text}"}
+    paths = {
+        "HL_ACTOR_MODEL_PATH": f"/actor{text}",
+        "HL_ACTOR_TOKENIZER_PATH": f"/tokenizer{text}",
+        "HL_EVALUATION_PATH": f"/eval{text}",
+    }
     text_of_script = render(flags, directory, environ=paths)
     done, words = run_script(text_of_script, directory, NCCL_DEBUG="INFO", OTHER="x")
     assert done.returncode == 0, done.stderr
@@ -430,6 +434,7 @@ def test_containers_get_every_value_as_it_is(
         mounts = next(word for word in words if word.startswith("--container-mounts="))
         assert f"/actor{text}:/actor{text}" in mounts
         assert f"/eval{text}:/eval{text}" in mounts
+        assert f"/tokenizer{text}:/tokenizer{text}" in mounts
         assert f"/m{text}:/m" in mounts
         assert f"--container-image={text}" in words
     else:
@@ -438,6 +443,7 @@ def test_containers_get_every_value_as_it_is(
         mounts = [after for before, after in pairwise(last) if before == option]
         assert f"/actor{text}:/actor{text}" in mounts
         assert f"/eval{text}:/eval{text}" in mounts
+        assert f"/tokenizer{text}:/tokenizer{text}" in mounts
         assert f"{directory}:{directory}" in mounts
         image = last.index(text, last.index(f"--y={text}"))
         assert last[image + 1 : image + 5] == [str(folder / "python"), *trainer]

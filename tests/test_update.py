@@ -19,6 +19,7 @@ from hlrlhf.trainer import data, engine, experience, loading  # noqa: E402
 from hlrlhf.trainer.ema import Average  # noqa: E402
 from hlrlhf.trainer.pretraining import Mix  # noqa: E402
 from hlrlhf.trainer.rewards import Rewards  # noqa: E402
+from hlrlhf.trainer.rows import Rows  # noqa: E402
 from hlrlhf.trainer.update import update  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -75,7 +76,11 @@ def updated(folder: Path, *flags: str) -> tuple[dict[str, Any], dict[str, Any]]:
         engine.trained(model, own, settings, cpu, updates=10)
         for model, own in zip(load(folder), (settings.actor, settings.critic), strict=True)
     )
-    mix = Mix(data.Prompts(TEXTS, seed=1), settings, cpu) if settings.pretraining.path else None
+    mix = (
+        Mix(data.Prompts(Rows.of(TEXTS), seed=1), settings, cpu)
+        if settings.pretraining.path
+        else None
+    )
     told, whole = update(made(settings), actor, critic, mix, settings, cpu)
     assert whole
     weights = {f"actor.{name}": value for name, value in engine.whole_weights(actor).items()}
@@ -92,7 +97,7 @@ def slowly_updated(folder: Path, *flags: str) -> dict[str, Any]:
         torch.optim.AdamW(model.parameters(), own.learning_rate, (0.9, 0.95), 1e-3, weight_decay=0)
         for model, own in ((actor, settings.actor), (critic, settings.critic))
     ]
-    order = [TEXTS[i] for i in data.Prompts(TEXTS, seed=1).batch(0, 4 * ppo.epochs)]
+    order = [TEXTS[i] for i in data.Prompts(Rows.of(TEXTS), seed=1).batch(0, 4 * ppo.epochs)]
     rows = len(PROMPTS) // ppo.minibatches
     for start in [*range(0, len(PROMPTS), rows)] * ppo.epochs:
         losses, errors, count = [], [], 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import glob
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,12 @@ from torch import Tensor
 
 from hlrlhf.settings import Settings
 from hlrlhf.trainer.errors import TrainerError
+from hlrlhf.trainer.rows import Rows
 
 # Where the last answer of a transcript begins, in the format of Anthropic's hh-rlhf.
 TRANSCRIPT_TURN = "\n\nAssistant:"
+# Texts that are tokenized in one call, enough for all processors to have work.
+SIDE_BY_SIDE = 10_000
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
@@ -36,9 +39,9 @@ class Prompts:
         held_out: prompts that never train, to evaluate on.
     """
 
-    ids: list[list[int]]
+    ids: Rows
     seed: int
-    held_out: list[list[int]] = field(default_factory=list)
+    held_out: Rows = field(default_factory=lambda: Rows.of([]))
 
     def batch(self, step: int, size: int) -> list[int]:
         """Indices of the global batch of a step.
@@ -55,13 +58,13 @@ class Prompts:
 
     def _at(self, position: int) -> int:
         epoch, offset = divmod(position, len(self.ids))
-        return self._permutation(epoch)[offset]
+        return int(self._permutation(epoch)[offset])
 
-    def _permutation(self, epoch: int) -> list[int]:
-        cached: dict[int, list[int]] = self.__dict__.setdefault("_permutations", {})
+    def _permutation(self, epoch: int) -> Tensor:
+        cached: dict[int, Tensor] = self.__dict__.setdefault("_permutations", {})
         if epoch not in cached:
             generator = torch.Generator().manual_seed(self.seed + epoch)
-            cached[epoch] = torch.randperm(len(self.ids), generator=generator).tolist()
+            cached[epoch] = torch.randperm(len(self.ids), generator=generator)
             cached.pop(epoch - 2, None)
         return cached[epoch]
 
@@ -75,8 +78,7 @@ def load_prompts(settings: Settings, tokenizer: Any, device: torch.device) -> Pr
         TrainerError: on rank 0, when a data set cannot be read, lacks the column, or leaves no
             prompt.
     """
-    ids: list[list[int]] = []
-    held_out: list[list[int]] = []
+    ids, held_out = Rows.of([]), Rows.of([])
     evaluation = settings.evaluation
     if dist.get_rank() == 0:
         ids = blend(
@@ -94,7 +96,7 @@ def load_prompts(settings: Settings, tokenizer: Any, device: torch.device) -> Pr
     return Prompts(ids, settings.seed, held_out)
 
 
-def read(path: str, settings: Settings, tokenizer: Any) -> list[list[int]]:
+def read(path: str, settings: Settings, tokenizer: Any) -> Rows:
     """The prompts of one data set as token ids, those that are too long left out and counted.
 
     Raises:
@@ -105,13 +107,15 @@ def read(path: str, settings: Settings, tokenizer: Any) -> list[list[int]]:
         wanted = settings.dataset.prompt_column
         candidates = [wanted] if wanted else ["prompt", "messages", "chosen"]
         column = _column(path, rows, candidates, "HL_DATASET_PROMPT_COLUMN")
-        ids = tokenize([_prompt(path, column, value) for value in rows[column]], tokenizer)
+        prompts = [_prompt(path, column, value) for value in rows[column]]
+        ids = Rows.of(tokenized(prompts, tokenizer))
     limit = settings.dataset.max_prompt_tokens
-    kept = [prompt for prompt in ids if 0 < len(prompt) <= limit]
+    fits = (ids.lengths > 0) & (ids.lengths <= limit)
+    kept = ids.picked(fits.nonzero().flatten().tolist())
     print(
         f"{path}: {len(kept)} prompts, {len(ids) - len(kept)} dropped: empty or over {limit} tokens"
     )
-    if not kept:
+    if len(kept) == 0:
         raise TrainerError(
             f"{path}: none of its {len(ids)} prompts has at most {limit} tokens "
             "(HL_DATASET_MAX_PROMPT_TOKENS)"
@@ -134,10 +138,8 @@ def read_texts(path: str, split: str, column: str) -> list[str]:
     return texts
 
 
-def blend(
-    sets: Sequence[list[list[int]]], weights: Sequence[float] | None, seed: int
-) -> list[list[int]]:
-    """One list of prompts from several.
+def blend(sets: Sequence[Rows], weights: Sequence[float] | None, seed: int) -> Rows:
+    """One set of prompts from several.
 
     Args:
         sets: prompts of each data set.
@@ -146,19 +148,17 @@ def blend(
         seed: of the choice within a set.
     """
     if weights is None:
-        return [prompt for prompts in sets for prompt in prompts]
+        return Rows.joined(sets)
     scale = min(len(prompts) / weight for prompts, weight in zip(sets, weights, strict=True))
     mixed = []
     for index, (prompts, weight) in enumerate(zip(sets, weights, strict=True)):
         generator = torch.Generator().manual_seed(seed + index)
         chosen = torch.randperm(len(prompts), generator=generator)[: round(scale * weight)]
-        mixed += [prompts[position] for position in chosen.tolist()]
-    return mixed
+        mixed.append(prompts.picked(chosen.tolist()))
+    return Rows.joined(mixed)
 
 
-def hold_out(
-    ids: list[list[int]], own: list[list[int]] | None, count: int, seed: int
-) -> tuple[list[list[int]], list[list[int]]]:
+def hold_out(ids: Rows, own: Rows | None, count: int, seed: int) -> tuple[Rows, Rows]:
     """The prompts that train and those that do not, without one that is in both.
 
     Args:
@@ -170,17 +170,21 @@ def hold_out(
     Raises:
         TrainerError: none is left to train on.
     """
-    pool = list(dict.fromkeys(map(tuple, ids if own is None else own)))
+    source = ids if own is None else own
+    first: dict[bytes, int] = {}
+    for index in range(len(source)):
+        first.setdefault(source.key(index), index)
+    pool = list(first.values())
     order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
     chosen = [pool[position] for position in order[:count].tolist()]
-    held = set(chosen)
-    left = [prompt for prompt in ids if tuple(prompt) not in held]
+    held = {source.key(index) for index in chosen}
+    left = [index for index in range(len(ids)) if ids.key(index) not in held]
     if not left:
         raise TrainerError(
             f"no prompt is left to train on: all {len(ids)} are held out to evaluate on; lower "
             "HL_EVALUATION_PROMPTS, or give others with HL_EVALUATION_PATH"
         )
-    return left, [list(prompt) for prompt in chosen]
+    return ids.picked(left), source.picked(chosen)
 
 
 def pad_left(prompts: Sequence[list[int]], pad: int, multiple: int) -> tuple[Tensor, Tensor]:
@@ -254,14 +258,22 @@ def _prompt(path: str, column: str, value: Any) -> str | list[dict[str, str]]:
     raise TrainerError(f"{path}: column {column} holds neither text nor chat messages: {value!r}")
 
 
+def tokenized(prompts: Sequence[str | list[dict[str, str]]], tokenizer: Any) -> Iterator[list[int]]:
+    """All texts or chats of a data set as token ids, see `tokenize`; few are in memory at once."""
+    for begin in range(0, len(prompts), SIDE_BY_SIDE):
+        yield from tokenize(prompts[begin : begin + SIDE_BY_SIDE], tokenizer)
+
+
 def tokenize(prompts: Sequence[str | list[dict[str, str]]], tokenizer: Any) -> list[list[int]]:
-    """All texts or chats of a data set in one call: tokenizers work on many texts side by side."""
+    """Texts or chats as token ids, in one call: tokenizers work on many texts side by side.
+
+    None ends with an end token, which an answer cannot follow.
+    """
     if not prompts:
         return []
     if isinstance(prompts[0], str):
         end = tokenizer.eos_token_id
-        texts: list[list[int]] = tokenizer(list(prompts))["input_ids"]
-        # Some tokenizers end every text; an answer cannot follow an end.
+        texts = encode([str(text) for text in prompts], tokenizer)
         return [ids[:-1] if ids and ids[-1] == end else ids for ids in texts]
     if tokenizer.chat_template is None:
         raise TrainerError(
@@ -273,19 +285,38 @@ def tokenize(prompts: Sequence[str | list[dict[str, str]]], tokenizer: Any) -> l
     ]
     # The template has written the special tokens already.
     encoded: list[list[int]] = tokenizer(chats, add_special_tokens=False)["input_ids"]
-    return encoded
+    return _with_one_bos(encoded, tokenizer)
 
 
-def to_all_ranks(ids: list[list[int]], device: torch.device) -> list[list[int]]:
-    """Rank 0's prompts on every rank: one tensor of lengths, one of ids."""
-    count = torch.tensor([len(ids), sum(len(prompt) for prompt in ids)], device=device)
+def encode(texts: list[str], tokenizer: Any) -> list[list[int]]:
+    """Texts as token ids, with what the tokenizer puts in front, without an end that it puts.
+
+    A text that begins with BOS already gets no other one.
+    """
+    rows: list[list[int]] = tokenizer(texts)["input_ids"]
+    alone: list[int] = tokenizer("a")["input_ids"]
+    if alone[0] == tokenizer.bos_token_id:
+        rows = _with_one_bos(rows, tokenizer)
+    if alone[-1] == tokenizer.eos_token_id:
+        rows = [ids[:-1] for ids in rows]
+    return rows
+
+
+def _with_one_bos(rows: list[list[int]], tokenizer: Any) -> list[list[int]]:
+    twice = [tokenizer.bos_token_id] * 2
+    return [ids[1:] if ids[:2] == twice else ids for ids in rows]
+
+
+def to_all_ranks(rows: Rows, device: torch.device) -> Rows:
+    """Rank 0's rows on every rank: one tensor of lengths, one of ids."""
+    count = torch.tensor([len(rows), len(rows.ids)], device=device)
     dist.broadcast(count, src=0)
-    prompts, tokens = count.tolist()
-    lengths = torch.empty(prompts, dtype=torch.int32, device=device)
-    flat = torch.empty(tokens, dtype=torch.int32, device=device)
-    if ids:
-        lengths.copy_(torch.tensor([len(prompt) for prompt in ids]))
-        flat.copy_(torch.tensor([token for prompt in ids for token in prompt]))
+    number, tokens = count.tolist()
+    lengths = torch.empty(number, dtype=torch.int32, device=device)
+    ids = torch.empty(tokens, dtype=torch.int32, device=device)
+    if len(rows):
+        lengths.copy_(rows.lengths)
+        ids.copy_(rows.ids)
     dist.broadcast(lengths, src=0)
-    dist.broadcast(flat, src=0)
-    return [part.tolist() for part in torch.split(flat.cpu(), lengths.tolist())]
+    dist.broadcast(ids, src=0)
+    return Rows.with_lengths(ids.cpu(), lengths.cpu().long())

@@ -22,6 +22,7 @@ from hlrlhf.trainer.engine import summed
 from hlrlhf.trainer.experience import answer_logprobs
 from hlrlhf.trainer.frozen import Copy, reference_path
 from hlrlhf.trainer.rollout import Rollout, Sampling
+from hlrlhf.trainer.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,7 @@ class Evaluation:
         device: the rank's.
     """
 
-    def __init__(
-        self, prompts: list[list[int]], sampling: Sampling, settings: Settings, device: Device
-    ):
+    def __init__(self, prompts: Rows, sampling: Sampling, settings: Settings, device: Device):
         self._prompts = prompts
         self._sampling = sampling
         self._settings = settings

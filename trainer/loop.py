@@ -21,6 +21,7 @@ from hlrlhf.trainer import (
     flops,
     frozen,
     hybrid,
+    lengths,
     loading,
     lora,
     measures,
@@ -58,9 +59,10 @@ def train(settings: Settings, run: Path, device: Device, warned: Callable[[], bo
     """
     rank = dist.get_rank()
     hybrid.check(settings)
-    tokenizer = tokenizers.load_tokenizer(settings.actor.model_path)
+    tokenizer = tokenizers.actor_tokenizer(settings)
     check_rewards(settings, tokenizer)
     prompts = data.load_prompts(settings, tokenizer, device.torch)
+    lengths.check_lengths(settings, prompts)
     mix = pretraining.load_mix(settings, tokenizer, device)
     total_steps = settings.epochs * len(prompts.ids) // settings.gbs
     if settings.run_steps:
@@ -135,7 +137,7 @@ def train(settings: Settings, run: Path, device: Device, warned: Callable[[], bo
             rollout, actor, critic, reference, rewards, settings, device, kl.coefficient
         )
         clock.lap("score_seconds")
-        totals = measures.totals(rollout, experience)
+        totals = measures.totals(rollout, experience) | rewards.totals()
         if whole := guard.usable(experience):
             told, whole = update(experience, actor, critic, mix, settings, device, average)
             totals |= told

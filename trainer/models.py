@@ -188,8 +188,11 @@ def unwrapped(model: Any) -> Any:
 
 
 def _positions(model: Any, attention_mask: Tensor) -> dict[str, Tensor]:
-    """Position ids for models that take them, left padding not counted; ALiBi reads the mask."""
+    """Position ids for models that take them, padding not counted; ALiBi reads the mask.
+
+    Padding has the first: after a row as long as the model can read, there is no next one.
+    """
     if "position_ids" not in inspect.signature(unwrapped(model).forward).parameters:
         return {}
     counted = attention_mask.long()
-    return {"position_ids": counted.cumsum(-1) - counted}
+    return {"position_ids": (counted.cumsum(-1) - counted) * counted}

@@ -6,7 +6,6 @@ This is PPO-ptx of "Training Language Models to Follow Instructions with Human F
 
 from __future__ import annotations
 
-from itertools import chain
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from hlrlhf.settings import Settings
 from hlrlhf.trainer import data
 from hlrlhf.trainer.device import Device
 from hlrlhf.trainer.errors import TrainerError
+from hlrlhf.trainer.rows import Rows
 
 
 class Mix:
@@ -64,22 +64,22 @@ def load_mix(settings: Settings, tokenizer: Any, device: Device) -> Mix | None:
     """
     if settings.pretraining.path is None:
         return None
-    rows: list[list[int]] = []
+    rows = Rows.of([])
     if dist.get_rank() == 0:
         rows = _rows(settings.pretraining.path, settings, tokenizer)
     return Mix(data.Prompts(data.to_all_ranks(rows, device.torch), settings.seed), settings, device)
 
 
-def _rows(path: str, settings: Settings, tokenizer: Any) -> list[list[int]]:
+def _rows(path: str, settings: Settings, tokenizer: Any) -> Rows:
     texts = data.read_texts(path, settings.dataset.split, settings.pretraining.column)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    ids = list(chain.from_iterable(one + end for one in data.tokenize(texts, tokenizer)))
+    ids = Rows.of(one + end for one in data.tokenized(texts, tokenizer)).ids
     width = settings.pretraining.max_tokens
-    rows = [ids[start : start + width] for start in range(0, len(ids) - width + 1, width)]
-    print(f"{path}: {len(texts)} texts make {len(rows)} rows of {width} tokens")
-    if not rows:
+    number = len(ids) // width
+    print(f"{path}: {len(texts)} texts make {number} rows of {width} tokens")
+    if number == 0:
         raise TrainerError(
             f"{path}: its texts have {len(ids)} tokens, less than a row of {width} "
             "(HL_PRETRAINING_MAX_TOKENS)"
         )
-    return rows
+    return Rows.with_lengths(ids[: number * width], torch.full((number,), width))

@@ -16,9 +16,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hlrlhf.settings import Settings
-from hlrlhf.trainer import flops, frozen, loading, tokenizers
+from hlrlhf.trainer import flops, frozen, lengths, loading, tokenizers
 from hlrlhf.trainer.device import Device
 from hlrlhf.trainer.errors import TrainerError
+from hlrlhf.trainer.models import unwrapped
 from hlrlhf.trainer.rollout import Rollout
 from hlrlhf.trainer.scores import FunctionScores, ModelScores, imported
 
@@ -74,6 +75,14 @@ class Rewards:
             scores = self._normalizer(scores)
         clipped = scores.clamp(-self._settings.clip, self._settings.clip)
         return clipped - self._settings.missing_eos_penalty * (~ended).to(clipped.dtype)
+
+    def totals(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """What the last scores show of the reward model, for `metrics.means`; nothing for most."""
+        for _, source in self._sources:
+            if isinstance(source, ModelScores) and source.cut is not None:
+                rows = torch.tensor(len(source.cut), device=source.cut.device)
+                return {"reward_cut": (source.cut.sum(), rows)}
+        return {}
 
 
 @dataclass
@@ -168,6 +177,7 @@ def load_rewards(
         reads = tokenizer if again is None else again
         model = frozen.reward_model(settings, reads, critic, first_head, device)
         cost = flops.cost(model.module)
+        longest = lengths.longest(unwrapped(model.module.inner).config)
         score_at = own.score_at
         if score_at == "auto":
             score_at = model.module.score_at
@@ -175,7 +185,7 @@ def load_rewards(
             where = {"end": "at an answer's last token", "before_end": "before the end token"}
             origin = "as it learnt it" if own.score_at == "auto" else "as HL_REWARD_SCORE_AT says"
             print(f"{frozen.reward_path(settings)}: rewards are read {where[score_at]}, {origin}")
-        by_model = ModelScores(model, tokenizer, again, score_at, settings, device)
+        by_model = ModelScores(model, tokenizer, again, score_at, settings, device, longest)
         sources.append((own.model_weight, by_model))
     if own.function is not None:
         sources.append((own.function_weight, FunctionScores(own.function, tokenizer)))
@@ -200,15 +210,13 @@ def _foreign(held: Any | None, tokenizer: Any) -> bool:
 def _own_tokenizer(settings: Settings, tokenizer: Any) -> Any | None:
     """The reward model's tokenizer, or None when the model works on the actor's tokens."""
     path = frozen.reward_path(settings)
-    held = tokenizers.held_tokenizer(path)
     if settings.reward.own_tokenizer:
-        if held is None:
-            raise TrainerError(
-                f"{path}: holds no tokenizer to encode answers with (reward.own_tokenizer): save "
-                "one there, or set HL_REWARD_OWN_TOKENIZER=0 if the model shares the actor's"
-            )
-        return held
-    if _foreign(held, tokenizer):
+        return tokenizers.model_tokenizer(
+            path,
+            "there is none to encode answers with (reward.own_tokenizer): save one there, or set "
+            "HL_REWARD_OWN_TOKENIZER=0 if the reward model shares the actor's",
+        )
+    if _foreign(tokenizers.held_tokenizer(path), tokenizer):
         raise TrainerError(
             f"{path}: the reward model's tokenizer is not the actor's; set "
             f"HL_REWARD_OWN_TOKENIZER=1 and HL_REWARD_MODEL_PATH={path} to decode answers and "

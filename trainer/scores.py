@@ -29,6 +29,11 @@ class ModelScores:
         score_at: ``end`` or ``before_end``, the token at which the model is read.
         settings: all of them.
         device: the rank's.
+        longest: tokens that the model can read, None where there is no end; in tokens of its own, a
+            text that is longer keeps its end, where the answer is, and its BOS.
+
+    Attributes:
+        cut: [b], which texts of the last rollout were too long; None where none can be.
     """
 
     def __init__(
@@ -39,6 +44,7 @@ class ModelScores:
         score_at: str,
         settings: Settings,
         device: Device,
+        longest: int | None = None,
     ):
         self._model = model
         self._tokenizer = tokenizer
@@ -46,6 +52,8 @@ class ModelScores:
         self._score_at = score_at
         self._rows = settings.mbs
         self._device = device
+        self._longest = longest
+        self.cut: Tensor | None = None
 
     def __call__(self, rollout: Rollout) -> Tensor:
         """Scores of a rollout's answers, [b] in fp32."""
@@ -77,16 +85,27 @@ class ModelScores:
         assert self._own is not None
         end = self._own.eos_token_id
         # Without an end; here one stands where the actor put it.
-        rows = data.tokenize(texts(rollout, self._tokenizer), self._own)
+        rows = data.encode(texts_for(self._own, rollout, self._tokenizer), self._own)
         if end is not None and self._score_at == "end":
             has_end = rollout.has_end_token.tolist()
             rows = [ids + [end] * has for ids, has in zip(rows, has_end, strict=True)]
+        if self._longest is not None:
+            too_long = [len(ids) > self._longest for ids in rows]
+            self.cut = torch.tensor(too_long, device=rollout.sequences.device)
+            rows = [self._end_of(ids, self._longest) for ids in rows]
         # The mask hides what fills up; any token does where there is none for it. A row with no
         # text at all must still have a last token.
         named = (self._own.pad_token_id, end, 0)
         fill = next(token for token in named if token is not None)
         ids, mask = data.pad_left([row or [fill] for row in rows], fill, self._device.pad_to)
         return ids.to(rollout.sequences.device), mask.to(rollout.sequences.device)
+
+    def _end_of(self, ids: list[int], longest: int) -> list[int]:
+        assert self._own is not None
+        if len(ids) <= longest:
+            return ids
+        begin = ids[:1] if ids[0] == self._own.bos_token_id else []
+        return begin + ids[len(ids) - longest + len(begin) :]
 
 
 class FunctionScores:
@@ -173,11 +192,47 @@ def texts(rollout: Rollout, tokenizer: Any, *, answers: bool = True) -> list[str
         tokenizer: the actor's.
         answers: whether they are part of the text.
     """
-    # Picked out on the CPU: elsewhere, each length would be a shape to compile.
-    ids, mask = rollout.sequences.cpu(), rollout.attention_mask.bool().cpu()
-    width = ids.shape[1] if answers else ids.shape[1] - rollout.answer_width
-    rows = [row[kept].tolist() for row, kept in zip(ids[:, :width], mask[:, :width], strict=True)]
+    width = rollout.sequences.shape[1] - (0 if answers else rollout.answer_width)
     decoded: list[str] = tokenizer.batch_decode(
-        rows, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        _tokens(rollout, width), skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
     return decoded
+
+
+def texts_for(own: Any, rollout: Rollout, tokenizer: Any) -> list[str]:
+    """Prompts with their answers as text for another tokenizer to encode.
+
+    The BOS that begins a text and the end token that ends it are left out: `own` has its own. So
+    is padding, even if the actor sampled it, where it has a token to itself. Other special tokens,
+    such as a chat template's, are text that the reward model knows from its training if `own` has
+    them; where it has not, they would be spelt out, and are left out.
+
+    Args:
+        own: the reward model's tokenizer.
+        rollout: b rows.
+        tokenizer: the actor's.
+    """
+    known = {token.content for token in own.added_tokens_decoder.values()}
+    foreign = {
+        id
+        for id, token in tokenizer.added_tokens_decoder.items()
+        if token.special and token.content not in known
+    }
+    if tokenizer.pad_token_id not in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        foreign.add(tokenizer.pad_token_id)
+    rows = []
+    every = _tokens(rollout, rollout.sequences.shape[1])
+    for row, ends in zip(every, rollout.has_end_token.tolist(), strict=True):
+        begin = int(row[:1] == [tokenizer.bos_token_id])
+        rows.append([id for id in row[begin : len(row) - ends] if id not in foreign])
+    decoded: list[str] = tokenizer.batch_decode(
+        rows, skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
+    return decoded
+
+
+def _tokens(rollout: Rollout, width: int) -> list[list[int]]:
+    """Those of each row's first `width` columns that the mask shows."""
+    # Picked out on the CPU: elsewhere, each length would be a shape to compile.
+    ids, mask = rollout.sequences.cpu(), rollout.attention_mask.bool().cpu()
+    return [row[kept].tolist() for row, kept in zip(ids[:, :width], mask[:, :width], strict=True)]

@@ -2,45 +2,118 @@
 
 from __future__ import annotations
 
-import contextlib
+import json
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
 from transformers import AutoTokenizer
 
+from hlrlhf.settings import Settings
+from hlrlhf.trainer import fidelity
 from hlrlhf.trainer.errors import TrainerError
 from hlrlhf.trainer.models import Policy, Scorer
 
+# A whole tokenizer has one of them at least: ``save_pretrained`` always writes it. Of less, such as
+# the vocab.json and merges.txt, or the tokenizer.model, that DeepSpeed-Chat leaves beside its
+# models, transformers makes a tokenizer with special tokens of its own invention.
+WHOLE = ("tokenizer.json", "tokenizer_config.json")
 
-def load_tokenizer(path: str) -> Any:
-    """The tokenizer of a model folder or Hub name.
+
+class NoTokenizerError(TrainerError):
+    """There is no whole tokenizer at a place; there may be one at another."""
+
+
+def actor_tokenizer(settings: Settings) -> Any:
+    """The tokenizer of a run, whose tokens actor and critic work on.
 
     Raises:
-        TrainerError: there is none.
+        TrainerError: `actor.tokenizer_path` names none or, where it is unset, the actor has none.
+    """
+    if settings.actor.tokenizer_path is not None:
+        return load_tokenizer(settings.actor.tokenizer_path)
+    return model_tokenizer(
+        settings.actor.model_path,
+        "set HL_ACTOR_TOKENIZER_PATH to the folder or Hub name of the tokenizer that the actor was "
+        "trained with",
+    )
+
+
+def model_tokenizer(path: str, remedy: str) -> Any:
+    """The tokenizer that a model was trained with.
+
+    It is the one beside the model or, as for DeepSpeed-Chat, whose folders hold parts of one alone,
+    that of the model which config.json names as the one it was made from (``_name_or_path``).
+
+    Args:
+        path: a model's folder or Hub name.
+        remedy: for the error, what to do where there is none.
+
+    Raises:
+        TrainerError: there is none at either place, or it cannot be loaded.
     """
     try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise TrainerError(f"{path}: no tokenizer can be loaded from it: {error}") from error
+        return load_tokenizer(path)
+    except NoTokenizerError as error:
+        why = str(error)
+    name = _made_from(path)
+    if name is None:
+        where = "its config.json names no other model that may have one (_name_or_path)"
+    else:
+        try:
+            return load_tokenizer(name)
+        except NoTokenizerError as error:
+            where = f"nor does what its config.json names (_name_or_path): {error}"
+    raise NoTokenizerError(f"{why}; {where}; {remedy}")
 
 
 def held_tokenizer(path: str) -> Any | None:
-    """The tokenizer beside a model, None where there is none.
-
-    A folder holds one if it has a file that ``save_pretrained`` always writes. Without any,
-    transformers may make up a tokenizer; and DeepSpeed-Chat leaves parts of one, which are not
-    enough to tell its vocabulary by.
+    """The whole tokenizer beside a model, None where there is none.
 
     Raises:
         TrainerError: there is one, and it cannot be loaded.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        with contextlib.suppress(TrainerError):
-            return load_tokenizer(path)
+    try:
+        return load_tokenizer(path)
+    except NoTokenizerError:
         return None
-    names = ("tokenizer.json", "tokenizer_config.json")
-    return load_tokenizer(path) if any((folder / name).exists() for name in names) else None
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer in a folder or of a Hub name.
+
+    Raises:
+        NoTokenizerError: there is no whole one.
+        TrainerError: there is one, and it cannot be loaded.
+    """
+    folder = Path(path)
+    if folder.is_absolute() and not folder.is_dir():
+        raise NoTokenizerError(f"{path}: there is no such folder to take a tokenizer from")
+    if folder.is_dir() and not _holds_one(path):
+        files = ", ".join(sorted(file.name for file in folder.iterdir())) or "nothing"
+        raise NoTokenizerError(
+            f"{path}: holds no whole tokenizer, which has {' or '.join(WHOLE)}; it holds {files}"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # tokenizers raises types of its own
+        kind = TrainerError if folder.is_dir() else NoTokenizerError
+        raise kind(f"{path}: no tokenizer can be loaded from it: {error}") from error
+    if not _holds_one(path):
+        raise NoTokenizerError(
+            f"{path}: has no whole tokenizer on the Hub, which has {' or '.join(WHOLE)}"
+        )
+    if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
+        raise TrainerError(
+            f"{path}: the tokenizer there has no token but special ones; the files of its "
+            "vocabulary are missing"
+        )
+    said = _file(path, "tokenizer_config.json")
+    return fidelity.as_its_files_say(
+        tokenizer,
+        _file(path, "tokenizer.json"),
+        {} if said is None else json.loads(said.read_text(encoding="utf-8")),
+    )
 
 
 def check_vocabulary(tokenizer: Any, role: str, model: Policy | Scorer) -> None:
@@ -70,3 +143,27 @@ def end_tokens(policy: Policy, tokenizer: Any) -> list[int]:
             "the actor has no end-of-sequence token: set eos_token_id in its generation_config.json"
         )
     return list(ids) if isinstance(ids, list | tuple) else [ids]
+
+
+def _holds_one(path: str) -> bool:
+    return any(_file(path, name) is not None for name in WHOLE)
+
+
+def _file(path: str, name: str) -> Path | None:
+    """A file of a folder, or of a Hub name that has been loaded: it is in the cache then."""
+    if Path(path).is_dir():
+        file = Path(path, name)
+        return file if file.is_file() else None
+    cached = try_to_load_from_cache(path, name)
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def _made_from(path: str) -> str | None:
+    """What ``_name_or_path`` in config.json says, which newer releases of transformers hide."""
+    if not Path(path).is_dir():
+        return None
+    try:
+        name = json.loads(Path(path, "config.json").read_text(encoding="utf-8"))["_name_or_path"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return name if isinstance(name, str) and name not in ("", path) else None

@@ -21,6 +21,7 @@ _OUTPUTS = {
 # registry, on PATH). A name on the Hub has one slash at most and no suffix of a file of data.
 _ON_HUB = {
     "actor.model_path",
+    "actor.tokenizer_path",
     "critic.model_path",
     "reference.model_path",
     "reward.model_path",

@@ -117,6 +117,11 @@ class Actor(Trained):
         description="Actor checkpoint: a Hugging Face folder or Hub name; the reference is read "
         "from it too, unless `reference.model_path` is set."
     )
+    tokenizer_path: Text | None = Field(
+        None,
+        description="The actor's tokenizer: a folder or Hub name; unset: the one in the actor's "
+        "folder or, if it holds none, of the model that its config.json names in _name_or_path.",
+    )
 
 
 class Critic(Trained):

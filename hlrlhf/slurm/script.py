@@ -212,6 +212,7 @@ def _mounts(settings: Settings, run_directory: Path) -> list[str]:
         "tensorboard_path": settings.tensorboard_path,
         "checkpoint_path": settings.checkpoint_path,
         "actor.model_path": settings.actor.model_path,
+        "actor.tokenizer_path": settings.actor.tokenizer_path,
         "critic.model_path": settings.critic.model_path,
         "reference.model_path": settings.reference.model_path,
         "reward.model_path": settings.reward.model_path,
