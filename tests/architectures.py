@@ -13,30 +13,34 @@ LLAMA = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
+    "max_position_embeddings": 128,
 }
-GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}
 # Windows shorter than the texts, in some layers where an architecture mixes them.
 WINDOW = {"sliding_window": 4}
 GEMMA = LLAMA | {"head_dim": 8}
 GPT_DROPOUTS = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
 ATTENTION = {"attention_dropout": 0.1}
 
-# By transformers' own name of each: every dropout that it has is asked for.
+OPT = {
+    "hidden_size": 32,
+    "ffn_dim": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "word_embed_proj_dim": 32,
+    "dropout": 0.1,
+    "layerdrop": 0.5,
+}
+FALCON = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+# By transformers' own name of each, perhaps with a variant's after a dash. Every dropout that an
+# architecture has is asked for; MPT's configuration takes none but 0.
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": LLAMA | ATTENTION,
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4, "hidden_dropout": 0.1} | ATTENTION,
-    "opt": {
-        "hidden_size": 32,
-        "ffn_dim": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 64,
-        "word_embed_proj_dim": 32,
-        "dropout": 0.1,
-        "layerdrop": 0.5,
-    }
-    | ATTENTION,
+    "opt": OPT | ATTENTION,
+    "opt-350m": OPT | {"word_embed_proj_dim": 16, "do_layer_norm_before": False} | ATTENTION,
     "gpt2": GPT | GPT_DROPOUTS,
     "gpt_neo": {
         "hidden_size": 32,
@@ -63,14 +67,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mixtral": LLAMA
     | {"num_local_experts": 4, "num_experts_per_tok": 2, "router_jitter_noise": 0.1}
     | ATTENTION,
-    "falcon": {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "alibi": True,
-        "hidden_dropout": 0.1,
-    }
+    "falcon": FALCON | {"hidden_dropout": 0.1} | ATTENTION,
+    "falcon-40b": FALCON
+    | {"new_decoder_architecture": True, "num_kv_heads": 2, "hidden_dropout": 0.1}
     | ATTENTION,
+    "falcon-alibi": FALCON | {"alibi": True, "hidden_dropout": 0.1} | ATTENTION,
     "mpt": {
         "d_model": 32,
         "n_layers": 2,
@@ -85,5 +86,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def config(architecture: str, **options: Any) -> Any:
-    """A configuration of some thousand weights."""
-    return CONFIG_MAPPING[architecture](**CONFIGS[architecture] | options)
+    """A configuration of some thousand weights, which asks for what the table says."""
+    model_type = architecture.partition("-")[0]
+    return CONFIG_MAPPING[model_type](**CONFIGS[architecture] | options)
