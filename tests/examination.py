@@ -39,7 +39,7 @@ Each of these goes through a run as a tiny random model with two layers, with th
 - **actor**: log-probs of a batch padded on the left are those that transformers gives for each row
   alone, within 1e-5 nats; those of sampled answers are those of the distribution that was sampled
   from; two updates move every weight;
-- **critic, reward**: the same for the scores of every token;
+- **critic, reward**: the same for the scores of every token, in both formats of a checkpoint;
 - **LoRA**: with `lora.dim` and `only_optimize_lora`, two updates move all adapters and the critic's
   head and nothing else, and every matrix but embeddings and heads has an adapter;
 - **activation checkpointing**: computes each layer twice, with the same gradient, and so with LoRA;
@@ -94,6 +94,7 @@ def examine(architecture: str, folder: Path) -> Found:
     options = {"initializer_range": 0.2}
     tiny.save_policy(actor, architecture, **options)
     tiny.save_classifier(critic, architecture, **options)
+    tiny.save_step2(folder / "step2", architecture, **options)
     runs: dict[str, Run] = {}
 
     def attempt(column: str, trial: Callable[[], None]) -> None:
@@ -118,7 +119,7 @@ def examine(architecture: str, folder: Path) -> Found:
         trained("full").check_all_moved("actor")
 
     def as_critic() -> None:
-        check_scorer(critic)
+        check_scorer(critic, folder / "step2")
         trained("full").check_all_moved("critic")
 
     def with_checkpointing() -> None:
@@ -177,8 +178,8 @@ def check_policy(folder: Path) -> None:
 
 
 @torch.no_grad()
-def check_scorer(folder: Path) -> None:
-    """Scores of a padded batch, at the last tokens of each row."""
+def check_scorer(folder: Path, step2: Path) -> None:
+    """Scores of a padded batch, at the last tokens of each row, of one model in two formats."""
     scorer = loading.load_scorer(str(folder), "fp32", 0.0).eval()
     assert flops.cost(scorer).attention == 4 * 2 * 32
     plain = AutoModelForSequenceClassification.from_pretrained(folder).eval()
@@ -186,6 +187,8 @@ def check_scorer(folder: Path) -> None:
     plain.config.pad_token_id = None
     ids, mask = tiny.padded(ROWS, width=10)
     together = scorer(ids, mask, 2)
+    as_step2 = loading.load_scorer(str(step2), "fp32", 0.0).eval()
+    torch.testing.assert_close(as_step2(ids, mask, 2), together, **TOLERANCE)
 
     def last(row: list[int]) -> Tensor:
         return plain(torch.tensor([row])).logits[0, 0]
