@@ -15,7 +15,7 @@ help:
 	@echo 'make demo    train a small actor on this machine, in about two minutes'
 	@echo 'make test    format, types and all tests; as root it also installs Slurm'
 	@echo 'make check   format and types only'
-	@echo 'make docs    write docs/settings.md again, from the schema'
+	@echo 'make docs    write docs/settings.md and docs/architectures.md again'
 	@echo 'make clean   remove .venv and what was built'
 
 demo: .venv/.train
@@ -36,6 +36,7 @@ check: .venv/.test
 
 docs: .venv/.test
 	$(BIN)/python -m hlrlhf.settings.page > docs/settings.md
+	$(BIN)/python tests/examination.py
 
 clean:
 	rm -rf .venv .typed build dist *.egg-info

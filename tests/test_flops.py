@@ -10,21 +10,23 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import tiny  # noqa: E402
+from architectures import CONFIGS  # noqa: E402
 from tiny import one_rank  # noqa: E402, F401
+from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from hlrlhf.trainer import engine, flops, loading, lora, measures, models  # noqa: E402
 
 PROMPT, ANSWER = 9, 6
-architectures = pytest.mark.parametrize("architecture", tiny.WITH_POSITIONS)
+architectures = pytest.mark.parametrize("architecture", CONFIGS)
 
 
 def load(folder: Path, architecture: str) -> tuple[models.Policy, models.Scorer]:
     policy = loading.load_policy(str(tiny.save_policy(folder / "a", architecture)), "fp32", 0.0)
     scorer = loading.load_scorer(str(tiny.save_classifier(folder / "c", architecture)), "fp32", 0.0)
     for model in (policy, scorer):
-        # Written out, so that the counter sees its products; it forms all pairs, masked or not.
-        model.inner.set_attn_implementation("eager")
+        # Written out, so that the counter sees the experts' products.
+        model.inner.set_experts_implementation("eager")
     return policy, scorer
 
 
@@ -32,7 +34,8 @@ def counted(model: Any, backward: bool) -> int:
     """What torch counts in a pass over one row."""
     tokens = torch.randint(3, tiny.VOCABULARY, (1, PROMPT + ANSWER))
     width = (ANSWER, 1.0) if isinstance(model, models.Policy) else (ANSWER,)
-    with FlopCounterMode(display=False) as counter:
+    # Attention written out likewise; it forms all pairs, masked or not.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         out = model(tokens, torch.ones_like(tokens), *width)
         if backward:
             out.sum().backward()
@@ -109,10 +112,10 @@ def test_without_a_reward_model_a_step_costs_less() -> None:
 def test_texts_cost_what_torch_counts(tmp_path: Path) -> None:
     policy, _ = load(tmp_path, "llama")
     tokens = torch.randint(3, tiny.VOCABULARY, (3, 20))
-    with FlopCounterMode(display=False) as counter:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         policy(tokens, torch.ones_like(tokens), 19, 1.0).sum().backward()
 
-    # The eager model computes all pairs, and one column of logits too many.
+    # Written out, attention computes all pairs, and one column of logits too many.
     found = float(flops.of_texts(3, 20, flops.cost(policy)))
     assert found == pytest.approx(counter.get_total_flops(), rel=0.15)
     assert found < counter.get_total_flops()

@@ -203,24 +203,6 @@ def test_buffers_that_a_model_computes_are_no_weights(tmp_path: Path) -> None:
     torch.testing.assert_close(found, expected)
 
 
-def test_two_labels_are_refused(tmp_path: Path) -> None:
-    config = tiny.config("llama", num_labels=2)
-    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "two")
-
-    with pytest.raises(TrainerError, match="with 2 labels; a reward model has one"):
-        loading.load_scorer(str(tmp_path / "two"), "fp32", 0.0)
-
-
-def test_a_language_model_is_no_scorer_and_a_scorer_no_language_model(tmp_path: Path) -> None:
-    policy = tiny.save_policy(tmp_path / "actor", "llama", num_labels=1)
-    with pytest.raises(TrainerError, match=r"lacks score\.weight"):
-        loading.load_scorer(str(policy), "fp32", 0.0)
-
-    classifier = tiny.save_classifier(tmp_path / "hf", "llama")
-    with pytest.raises(TrainerError, match=r"lacks lm_head\.weight"):
-        loading.load_policy(str(classifier), "fp32", 0.0)
-
-
 @pytest.mark.parametrize("kind", ["policy", "hf", "step2"])
 def test_weights_of_another_size_are_refused(tmp_path: Path, kind: str) -> None:
     save = {

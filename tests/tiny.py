@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import architectures
 import pytest
 import torch
 import torch.distributed as dist
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    BloomConfig,
     GenerationConfig,
-    GPT2Config,
-    LlamaConfig,
 )
 
 from hlrlhf.settings import Settings, resolve
@@ -37,22 +36,7 @@ def config(architecture: str, vocabulary: int = VOCABULARY, **options: Any) -> A
     """A configuration that asks for dropout wherever the architecture has it."""
     special = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
     common = {"vocab_size": vocabulary, "initializer_range": 0.4, **special, **options}
-    if architecture == "llama":
-        return LlamaConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=128,
-            attention_dropout=0.1,
-            **common,
-        )
-    if architecture == "gpt2":
-        return GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=32, **common)
-    return BloomConfig(
-        hidden_size=32, n_layer=2, n_head=4, hidden_dropout=0.1, attention_dropout=0.1, **common
-    )
+    return architectures.config(architecture, **common)
 
 
 def save_policy(folder: Path, architecture: str, seed: int = 1, **options: Any) -> Path:
@@ -128,8 +112,8 @@ def cpu(chosen: Settings) -> device.Device:
     return device.select(chosen, 0)
 
 
-@pytest.fixture(scope="session")
-def one_rank() -> Iterator[None]:
+@contextmanager
+def only_rank() -> Iterator[None]:
     """This process is the only rank of a gloo group."""
     if dist.is_initialized():
         yield
@@ -145,6 +129,13 @@ def one_rank() -> Iterator[None]:
         engine.start(cpu(settings()))
         yield
     dist.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def one_rank() -> Iterator[None]:
+    """`only_rank` for tests."""
+    with only_rank():
+        yield
 
 
 def padded(rows: list[list[int]], width: int | None = None) -> tuple[Any, Any]:

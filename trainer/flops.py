@@ -8,6 +8,7 @@ activation checkpointing computes again, do not count.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,8 @@ class Cost:
     """What a model costs.
 
     Attributes:
-        weights: numbers in the matrices that every token meets; embeddings are looked up.
+        weights: numbers in the matrices that a token meets; embeddings are looked up, and of a
+            mixture's experts it meets those that it is sent to.
         trainable: those of them that get a gradient.
         head: numbers in a policy's language-model head; 0 in a scorer.
         head_trainable: whether it gets a gradient.
@@ -63,17 +65,29 @@ def cost(model: Policy | Scorer) -> Cost:
     lookups = [m.weight for m in plain.modules() if isinstance(m, nn.Embedding)]
     head = plain.get_output_embeddings() if isinstance(model, Policy) else None
     others = {id(weight) for weight in lookups} | ({id(head.weight)} if head else set())
-    matrices = [p for p in plain.parameters() if len(_shape(p)) > 1 and id(p) not in others]
     config = plain.config
+    met = {
+        parameter: _shape(parameter).numel() * (_share(config) if ".experts." in name else 1)
+        for name, parameter in plain.named_parameters()
+        if len(_shape(parameter)) > 1 and id(parameter) not in others
+    }
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Cost(
-        weights=sum(_shape(p).numel() for p in matrices),
-        trainable=sum(_shape(p).numel() for p in matrices if p.requires_grad),
+        weights=round(sum(met.values())),
+        trainable=round(sum(numbers for p, numbers in met.items() if p.requires_grad)),
         head=_shape(head.weight).numel() if head else 0,
         head_trainable=head is not None and head.weight.requires_grad,
         # Queries by keys, and weights by values.
         attention=4 * config.num_hidden_layers * config.num_attention_heads * size,
     )
+
+
+def _share(config: Any) -> float:
+    """Of a mixture's experts, the part that a token is sent to; all where that is not known."""
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    counts = [count for name in names if (count := getattr(config, name, None))]
+    chosen = getattr(config, "num_experts_per_tok", None)
+    return chosen / counts[0] if counts and chosen else 1.0
 
 
 def _shape(parameter: nn.Parameter) -> torch.Size:

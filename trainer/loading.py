@@ -3,51 +3,42 @@
 from __future__ import annotations
 
 import json
-import zipfile
-from collections.abc import Iterable
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import errors as hub_errors
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
 )
+from transformers.utils import cached_file
 
+from hlrlhf.trainer import kinds, probes
+from hlrlhf.trainer.dropout import set_dropout
 from hlrlhf.trainer.errors import TrainerError
 from hlrlhf.trainer.models import Policy, Scorer
+from hlrlhf.trainer.weights import check_names, read_shapes, read_weights
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-# What transformers lets through of its own and its readers' errors about a checkpoint.
-UNREADABLE = (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError)
-
-# The names that model configurations give to their dropout rates.
-DROPOUT_FIELDS = (
-    "dropout",
-    "attention_dropout",
-    "hidden_dropout",
-    "activation_dropout",
-    "attn_pdrop",
-    "embd_pdrop",
-    "resid_pdrop",
-    "embed_dropout",
-    "resid_dropout",
-    "emb_pdrop",
-    "ffn_dropout",
-)
 
 # The key of config.json under which a saved model says what it was in training.
 ROLE = "hlrlhf_role"
 
-# Buffers that older checkpoints carry and that a model computes for itself.
-DERIVED_BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias")
+# What transformers lets through of its own and its readers' errors about a checkpoint.
+UNREADABLE = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    SafetensorError,
+    UnpicklingError,
+    # A configuration with values of other types; Gaudi's transformers does not check them.
+    getattr(hub_errors, "StrictDataclassError", ValueError),
+)
 
 
 def load_policy(path: str, dtype: str, dropout: float, logprob_chunk: int = 0) -> Policy:
@@ -60,34 +51,29 @@ def load_policy(path: str, dtype: str, dropout: float, logprob_chunk: int = 0) -
         logprob_chunk: see `Policy`.
 
     Raises:
-        TrainerError: the checkpoint cannot be read or lacks weights, or its logits are not those of
-            its head, so that they cannot be computed in chunks.
+        TrainerError: the checkpoint cannot be read, is no causal language model or lacks weights;
+            its dropout is not what was set; or its logits are not those of its head, so that they
+            cannot be computed in chunks.
     """
     try:
+        config = _config(path, dropout)
+        kinds.check_policy(path, config)
         lm, report = AutoModelForCausalLM.from_pretrained(
-            path, config=_config(path, dropout), output_loading_info=True, **_dtype(dtype)
+            path, config=config, output_loading_info=True, **_dtype(dtype)
         )
     except UNREADABLE as error:
         raise TrainerError(f"{path}: no causal language model can be loaded: {error}") from error
-    _strict(path, report["missing_keys"], report["unexpected_keys"])
-    policy = Policy(lm, logprob_chunk)
-    if logprob_chunk:
-        _check_chunks(path, policy)
-    return policy
-
-
-@torch.no_grad()
-def _check_chunks(path: str, policy: Policy) -> None:
-    """Some architectures scale or cap what their head gives; those logits need the whole model."""
-    tokens = torch.tensor([[1, 2, 3]])
-    mask = torch.ones_like(tokens)
-    in_chunks = policy(tokens, mask, 2, 1.0)
-    whole = Policy(policy.lm)(tokens, mask, 2, 1.0)
-    if not torch.allclose(in_chunks, whole, atol=0.05):
+    if "v_head.weight" in report["unexpected_keys"]:
         raise TrainerError(
-            f"{path}: {type(policy.lm).__name__} changes the logits after its head, so they cannot "
-            "be computed in chunks; set HL_PPO_LOGPROB_CHUNK=0"
+            f"{path}: is a reward model of step 2 (v_head.weight); the actor is a causal language "
+            "model (HL_ACTOR_MODEL_PATH)"
         )
+    _check_report(path, report)
+    policy = Policy(lm, logprob_chunk)
+    probes.check(path, policy, dropout)
+    if logprob_chunk:
+        probes.check_chunks(path, policy)
+    return policy
 
 
 def load_scorer(path: str, dtype: str, dropout: float) -> Scorer:
@@ -102,61 +88,27 @@ def load_scorer(path: str, dtype: str, dropout: float) -> Scorer:
         dropout: for every dropout that the architecture has.
 
     Raises:
-        TrainerError: the checkpoint cannot be read, has another number of labels, or its weights
-            are not exactly those that the model needs.
+        TrainerError: the checkpoint cannot be read, has no head that gives one score for each
+            token, or its weights are not exactly those that the model needs; or its dropout is not
+            what was set.
     """
-    folder = Path(path)
-    if not folder.is_dir() or _says_classifier(folder):
-        return _load_classifier(path, dtype, dropout)
-    weights = read_weights(folder)
-    if "v_head.weight" not in weights:
-        return _load_classifier(path, dtype, dropout)
     try:
         config = _config(path, dropout)
-        config.num_labels = 1
-        classifier = AutoModelForSequenceClassification.from_config(config, **_dtype(dtype))
-        prefix = classifier.base_model_prefix
-        renamed = {_from_step2(name, prefix): value for name, value in weights.items()}
-        missing, unexpected = classifier.load_state_dict(renamed, strict=False)
     except UNREADABLE as error:
-        raise TrainerError(f"{path}: its step-2 weights cannot be loaded: {error}") from error
-    _strict(path, missing, unexpected)
-    return Scorer(classifier, _learnt_at(folder))
-
-
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All weights of a folder: safetensors or PyTorch's own format, in one file or in shards.
-
-    Raises:
-        TrainerError: there are none, or they cannot be read safely.
-    """
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{name}.index.json"
-        if index.exists():
-            shards = _shards(index)
-        elif (folder / name).exists():
-            shards = [name]
-        else:
-            continue
-        weights: dict[str, Tensor] = {}
-        for shard in shards:
-            weights.update(_read_shard(folder / shard))
-        return weights
-    raise TrainerError(f"{folder}: holds neither model.safetensors nor pytorch_model.bin")
-
-
-def _dtype(dtype: str) -> dict[str, torch.dtype]:
-    # Gaudi's transformers is older than the argument's new name.
-    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    return {"dtype" if version >= (4, 56) else "torch_dtype": DTYPES[dtype]}
-
-
-def _config(path: str, dropout: float) -> Any:
-    config = AutoConfig.from_pretrained(path)
-    for field in DROPOUT_FIELDS:
-        if hasattr(config, field):
-            setattr(config, field, dropout)
-    return config
+        raise TrainerError(f"{path}: no sequence classifier can be loaded: {error}") from error
+    folder = Path(path)
+    step2 = (
+        folder.is_dir() and kinds.may_be_step2(config) and "v_head.weight" in read_shapes(folder)
+    )
+    kinds.check_scorer(path, config, step2)
+    classifier = (_step2 if step2 else _classifier)(path, config, dtype)
+    if not hasattr(classifier, "score"):
+        raise TrainerError(
+            f"{path}: {type(classifier).__name__} has no `score` head on the tokens; {kinds.NEEDED}"
+        )
+    scorer = Scorer(classifier, _learnt_at(folder)) if step2 else Scorer(classifier)
+    probes.check(path, scorer, dropout)
+    return scorer
 
 
 def saved_as(path: str) -> str | None:
@@ -174,11 +126,6 @@ def _raw_config(folder: Path) -> dict[str, Any]:
     return raw if isinstance(raw, dict) else {}
 
 
-def _says_classifier(folder: Path) -> bool:
-    """Whether the configuration names a classifier, which spares reading the weights to see."""
-    return "ForSequenceClassification" in str(_raw_config(folder).get("architectures"))
-
-
 def _learnt_at(folder: Path) -> str:
     """Where DeepSpeed-Chat's step 2 read the score of a text: at the token before its padding.
 
@@ -190,46 +137,34 @@ def _learnt_at(folder: Path) -> str:
     return "end" if "llama" in str(base) else "before_end"
 
 
-def _load_classifier(path: str, dtype: str, dropout: float) -> Scorer:
+def _dtype(dtype: str) -> dict[str, torch.dtype]:
+    # Gaudi's transformers is older than the argument's new name.
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    return {"dtype" if version >= (4, 56) else "torch_dtype": DTYPES[dtype]}
+
+
+def _config(path: str, dropout: float) -> Any:
+    config = AutoConfig.from_pretrained(path)
     try:
-        config = _config(path, dropout)
-        if config.num_labels != 1:
-            raise TrainerError(
-                f"{path}: is a classifier with {config.num_labels} labels; a reward model has one"
-            )
-        classifier, report = AutoModelForSequenceClassification.from_pretrained(
-            path, config=config, output_loading_info=True, **_dtype(dtype)
-        )
+        set_dropout(config, dropout)
+    except TrainerError as error:
+        raise TrainerError(f"{path}: {error}") from error
+    return config
+
+
+def _step2(path: str, config: Any, dtype: str) -> Any:
+    weights = read_weights(Path(path))
+    try:
+        config.num_labels = 1
+        classifier = AutoModelForSequenceClassification.from_config(config, **_dtype(dtype))
+        prefix = classifier.base_model_prefix
+        renamed = {_from_step2(name, prefix): value for name, value in weights.items()}
+        missing, unexpected = classifier.load_state_dict(renamed, strict=False)
     except UNREADABLE as error:
-        raise TrainerError(f"{path}: no sequence classifier can be loaded: {error}") from error
-    _strict(path, report["missing_keys"], report["unexpected_keys"])
-    if not hasattr(classifier, "score"):
-        raise TrainerError(
-            f"{path}: {type(classifier).__name__} has no `score` head on the tokens; a reward "
-            "model is a causal model's backbone with one"
-        )
-    return Scorer(classifier)
-
-
-def _shards(index: Path) -> list[str]:
-    try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise TrainerError(f"{index}: is no index of weights: {error!r}") from error
-
-
-def _read_shard(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        # Mapped, so that the ranks of a node share the file's pages.
-        mapped = zipfile.is_zipfile(path)  # files older than torch 1.6 cannot be
-        weights: dict[str, Tensor] = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=mapped
-        )
-        return weights
-    except Exception as error:  # the readers raise types of their own, many of them
-        raise TrainerError(f"{path}: cannot be read: {error}") from error
+        raise TrainerError(f"{path}: its step-2 weights cannot be loaded: {error}") from error
+    shapes = {name: value.shape for name, value in renamed.items()}
+    check_names(path, missing, unexpected, shapes)
+    return classifier
 
 
 def _from_step2(name: str, prefix: str) -> str:
@@ -240,13 +175,22 @@ def _from_step2(name: str, prefix: str) -> str:
     return name
 
 
-def _strict(path: str, missing: Iterable[str], unexpected: Iterable[str]) -> None:
-    def listed(names: list[str]) -> str:
-        return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+def _classifier(path: str, config: Any, dtype: str) -> Any:
+    try:
+        classifier, report = AutoModelForSequenceClassification.from_pretrained(
+            path, config=config, output_loading_info=True, **_dtype(dtype)
+        )
+    except UNREADABLE as error:
+        raise TrainerError(f"{path}: no sequence classifier can be loaded: {error}") from error
+    _check_report(path, report)
+    return classifier
 
-    extra = sorted(name for name in unexpected if not name.endswith(DERIVED_BUFFERS))
-    lacking = sorted(missing)
-    parts = [f"it lacks {listed(lacking)}"] if lacking else []
-    parts += [f"it has {listed(extra)}, which the model has not"] if extra else []
-    if parts:
-        raise TrainerError(f"{path}: not this model's checkpoint: {'; '.join(parts)}")
+
+def _check_report(path: str, report: dict[str, Any]) -> None:
+    """What transformers says of names, but for buffers; where weights lie, their files tell."""
+    unexpected = report["unexpected_keys"]
+    shapes = {}
+    if unexpected:
+        # A Hub name's files lie in its cache, out of which they were just loaded.
+        shapes = read_shapes(Path(cached_file(path, "config.json")).parent)
+    check_names(path, report["missing_keys"], unexpected, shapes)

@@ -103,7 +103,9 @@ class Trained(Group):
     model_path: Text
     learning_rate: Rate = Field(1e-5, description="Peak learning rate.")
     weight_decay: NonNegative = Field(0.0, description="AdamW weight decay, on matrices only.")
-    dropout: Fraction = Field(0.0, description="Dropout while the model trains.")
+    dropout: Fraction = Field(
+        0.0, description="Dropout while the model trains; refused where it has none."
+    )
     cp_act: bool = Field(
         False, description="Activation checkpointing: less memory, more computation."
     )
