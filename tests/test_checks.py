@@ -82,7 +82,7 @@ def test_origins_are_told_for_a_preset() -> None:
         (["hybrid_engine=1", "device=cpu"], "does not run on processors"),
         (
             ["optimizer.grad_accum_dtype=fp32", "critic.zero_stage=0"],
-            "gradients in fp32 needs ZeRO stage 1 or more",
+            "adding up in fp32 needs ZeRO 1 or more",
         ),
         (["reward.model_weight=0"], "nothing scores the answers"),
         (["reward.own_tokenizer=1"], "set the reward model's path"),

@@ -286,6 +286,7 @@ def over_two_nodes(folder: Path) -> list[tuple[dict[str, Any], list[str]]]:
         others = {"copy": engine.partitioned(copied, settings, in_host_memory=False)}
         weights = {}
         for model in trained.values():
+            assert tiny.partitioned(model) >= 14, "the matrices of two layers"
             for _ in range(3):
                 model.backward(loss_of(model, [[1, 5 + rank, 6]]), scale_wrt_gas=False)
                 model.step()
@@ -310,8 +311,8 @@ def over_two_nodes(folder: Path) -> list[tuple[dict[str, Any], list[str]]]:
 @pytest.mark.knob("hpz.enabled_actor", "hpz.enabled_critic")
 def test_a_second_partition_within_each_node(tmp_path: Path) -> None:
     """The model that asks for it has it, no other, and no weight changes by it."""
-    tiny.save_policy(tmp_path / "actor", "llama")
-    tiny.save_classifier(tmp_path / "critic", "llama")
+    tiny.save_policy(tmp_path / "actor", "llama", **tiny.WIDE["llama"])
+    tiny.save_classifier(tmp_path / "critic", "llama", **tiny.WIDE["llama"])
 
     found, *_ = together(4, over_two_nodes, tmp_path)
 

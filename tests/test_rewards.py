@@ -18,7 +18,7 @@ import tiny  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from tiny import EOS, one_rank  # noqa: E402, F401
 
-from hlrlhf.trainer import demo, loading, rewards, tokenizers  # noqa: E402
+from hlrlhf.trainer import demo, frozen, loading, rewards, tokenizers  # noqa: E402
 from hlrlhf.trainer.errors import TrainerError  # noqa: E402
 from hlrlhf.trainer.rewards import Normalizer, Rewards  # noqa: E402
 
@@ -262,6 +262,16 @@ def test_a_tokenizer_of_its_own_may_be_that_of_the_model_it_was_made_from(
     config.write_text(json.dumps(json.loads(config.read_text()) | {"_name_or_path": str(base)}))
 
     torch.testing.assert_close(raw(foreign, *flags), expected)
+
+
+def test_a_reference_cannot_have_tokens_of_its_own(foreign: dict[str, Path]) -> None:
+    def check(path: Path) -> None:
+        settings = tiny.settings(f"reference.model_path={path}")
+        frozen.check_reference(settings, tiny.tokenizer())
+
+    check(foreign["critic"])
+    with pytest.raises(TrainerError, match="the reference's tokenizer is not the actor's"):
+        check(foreign["reward"])
 
 
 def test_the_embedding_must_fit_the_tokenizer_that_is_used(foreign: dict[str, Path]) -> None:

@@ -32,6 +32,16 @@ VOCABULARY, PAD, BOS, EOS = 48, 0, 1, 2
 TEXTS = ["Human: where is the blue boat?\n\nAssistant: In the harbour.", "user assistant system"]
 
 
+# DeepSpeed keeps tensors of up to 100,000 numbers whole under ZeRO-3: most of these are larger, and
+# so are really partitioned.
+WIDE: dict[str, dict[str, Any]] = {
+    "llama": {"hidden_size": 320, "intermediate_size": 336, "num_key_value_heads": 4},
+    "bloom": {"hidden_size": 320},
+}
+for _options in WIDE.values():
+    _options |= {"vocabulary": 320, "initializer_range": 0.4 * (32 / 320) ** 0.5}
+
+
 def config(architecture: str, vocabulary: int = VOCABULARY, **options: Any) -> Any:
     """A configuration that asks for dropout wherever the architecture has it."""
     special = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
@@ -159,6 +169,12 @@ def rolled_out(prompts: list[list[int]], answers: list[list[int]]) -> Any:
     width = max(len(answer) for answer in answers)
     right = torch.tensor([answer + [PAD] * (width - len(answer)) for answer in answers])
     return rollout.from_sequences(torch.cat([ids, right], 1), mask, generation())
+
+
+def partitioned(engine: Any) -> int:
+    """How many of a ZeRO-3 engine's large tensors are not whole on this rank between forwards."""
+    large = [p for p in engine.module.parameters() if p.ds_numel > 100_000]
+    return sum(parameter.numel() < parameter.ds_numel for parameter in large)
 
 
 class Engine:

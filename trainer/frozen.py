@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hlrlhf.settings import Settings
 from hlrlhf.trainer import engine, loading, tokenizers
 from hlrlhf.trainer.device import Device
+from hlrlhf.trainer.errors import TrainerError
 from hlrlhf.trainer.models import Policy, Scorer
 
 
@@ -133,6 +134,20 @@ def reference(settings: Settings, tokenizer: Any, actor: Any, device: Device) ->
 def reference_path(settings: Settings) -> str:
     """The checkpoint of the reference."""
     return settings.reference.model_path or settings.actor.model_path
+
+
+def check_reference(settings: Settings, tokenizer: Any) -> None:
+    """Stop before any model loads when a reference of its own reads other tokens than the actor's.
+
+    Raises:
+        TrainerError: it does.
+    """
+    path = settings.reference.model_path
+    if path is not None and tokenizers.foreign(tokenizers.held_tokenizer(path), tokenizer):
+        raise TrainerError(
+            f"{path}: the reference's tokenizer is not the actor's, whose tokens it scores; set "
+            "HL_REFERENCE_MODEL_PATH to a model that shares it"
+        )
 
 
 def reward_path(settings: Settings) -> str:

@@ -50,6 +50,8 @@ def check_lengths(settings: Settings, prompts: data.Prompts) -> None:
         TrainerError: prompts and answers, or rows of the pretraining mix, are too long for a model.
     """
     models = {"actor": settings.actor.model_path, "critic": settings.critic.model_path}
+    if settings.reference.model_path is not None:
+        models["reference"] = settings.reference.model_path
     if settings.reward.model_weight and not settings.reward.own_tokenizer:
         models["reward model"] = frozen.reward_path(settings)
     prompt = max(prompts.ids.longest, prompts.held_out.longest)

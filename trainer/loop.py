@@ -61,6 +61,7 @@ def train(settings: Settings, run: Path, device: Device, warned: Callable[[], bo
     hybrid.check(settings)
     tokenizer = tokenizers.actor_tokenizer(settings)
     check_rewards(settings, tokenizer)
+    frozen.check_reference(settings, tokenizer)
     prompts = data.load_prompts(settings, tokenizer, device.torch)
     lengths.check_lengths(settings, prompts)
     mix = pretraining.load_mix(settings, tokenizer, device)

@@ -138,7 +138,7 @@ def check_rewards(settings: Settings, tokenizer: Any) -> None:
     if settings.reward.function is not None:
         imported(settings.reward.function)
     path = settings.critic.model_path
-    if _foreign(tokenizers.held_tokenizer(path), tokenizer):
+    if tokenizers.foreign(tokenizers.held_tokenizer(path), tokenizer):
         raise TrainerError(
             f"{path}: the critic's tokenizer is not the actor's, whose tokens it reads; set "
             "HL_CRITIC_MODEL_PATH to a model that shares it. As a reward model this one can serve: "
@@ -199,14 +199,6 @@ def _of_all_ranks(values: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def _foreign(held: Any | None, tokenizer: Any) -> bool:
-    """Whether a model's tokenizer, if it has one, differs by more than tokens that one has more."""
-    if held is None:
-        return False
-    one, other = held.get_vocab().items(), tokenizer.get_vocab().items()
-    return not (one <= other or other <= one)
-
-
 def _own_tokenizer(settings: Settings, tokenizer: Any) -> Any | None:
     """The reward model's tokenizer, or None when the model works on the actor's tokens."""
     path = frozen.reward_path(settings)
@@ -216,7 +208,7 @@ def _own_tokenizer(settings: Settings, tokenizer: Any) -> Any | None:
             "there is none to encode answers with (reward.own_tokenizer): save one there, or set "
             "HL_REWARD_OWN_TOKENIZER=0 if the reward model shares the actor's",
         )
-    if _foreign(tokenizers.held_tokenizer(path), tokenizer):
+    if tokenizers.foreign(tokenizers.held_tokenizer(path), tokenizer):
         raise TrainerError(
             f"{path}: the reward model's tokenizer is not the actor's; set "
             f"HL_REWARD_OWN_TOKENIZER=1 and HL_REWARD_MODEL_PATH={path} to decode answers and "

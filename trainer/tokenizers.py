@@ -116,6 +116,14 @@ def load_tokenizer(path: str) -> Any:
     )
 
 
+def foreign(held: Any | None, tokenizer: Any) -> bool:
+    """Whether a model's tokenizer, if it has one, differs by more than tokens that one has more."""
+    if held is None:
+        return False
+    one, other = held.get_vocab().items(), tokenizer.get_vocab().items()
+    return not (one <= other or other <= one)
+
+
 def check_vocabulary(tokenizer: Any, role: str, model: Policy | Scorer) -> None:
     """Every token that the tokenizer can produce must have an embedding in the model.
 

@@ -146,8 +146,7 @@ def contradictions(settings: Settings, values: Mapping[str, Given]) -> Iterator[
             yield ("optimizer.offload", stage), "optimizer offload needs ZeRO stage 1 or more"
         in_fp32 = settings.dtype == "bf16" and settings.optimizer.grad_accum_dtype == "fp32"
         if in_fp32 and values[stage].value == 0:
-            names = ("optimizer.grad_accum_dtype", stage)
-            yield names, "accumulating gradients in fp32 needs ZeRO stage 1 or more"
+            yield ("optimizer.grad_accum_dtype", stage), "adding up in fp32 needs ZeRO 1 or more"
     if settings.container.kind == "none":
         for name in ("container.image", "container.mounts", "container.args"):
             if values[name].value:
