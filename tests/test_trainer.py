@@ -23,6 +23,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.slow
 
+import tiny  # noqa: E402
 from peft import PeftModel  # noqa: E402
 from ranks import Run, finish, prepare, read_lines, running, train  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
@@ -114,6 +115,35 @@ def test_a_run_does_not_depend_on_how_it_is_spread(
     trained: Trained, ranks: int, changes: dict[str, Any]
 ) -> None:
     assert_same(trained(ranks, **changes), trained())
+
+
+@pytest.fixture(scope="session")
+def wide_models(demo_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An actor and a reward model of matrices large enough for ZeRO-3 to partition, untrained."""
+    folder = tmp_path_factory.mktemp("wide")
+    tokenizer = AutoTokenizer.from_pretrained(demo_models / "actor")
+    shape = tiny.WIDE["llama"] | {"vocabulary": len(tokenizer)}
+    tiny.save_policy(folder / "actor", "llama", **shape)
+    tiny.save_classifier(folder / "reward", "llama", **shape)
+    for role in ("actor", "reward"):
+        tokenizer.save_pretrained(folder / role)
+    return folder
+
+
+@pytest.mark.knob("actor.zero_stage", "critic.zero_stage", "lora.dim")
+@pytest.mark.parametrize("changes", [{}, ADAPTERS, ADAPTERS | {"only_optimize_lora": 1}])
+def test_nor_does_one_whose_weights_are_partitioned(
+    trained: Trained, wide_models: Path, changes: dict[str, Any]
+) -> None:
+    """All weights, adapters beside the others, and adapters alone, which share their bases."""
+    models = {
+        "actor__model_path": wide_models / "actor",
+        "critic__model_path": wide_models / "reward",
+    }
+    # Small steps: untrained models this wide are thrown far by larger ones.
+    rates = {"actor__learning_rate": 1e-4, "critic__learning_rate": 1e-4}
+    changes = models | rates | changes
+    assert_same(trained(2, mbs=2, **changes, **zero(3)), trained(**changes, **zero(1)))
 
 
 def test_both_formats_of_critic_and_reward_are_one_model(
