@@ -247,7 +247,8 @@ def test_from_nothing_to_a_kinder_actor(
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rewards = [step["reward"] for step in steps]
     assert len(rewards) == 40
-    assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 2.5
+    # benchmarks/demo_seeds.py has 30 such gains: 3.2 in the mean, with a deviation of 0.2.
+    assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 2
     actor = AutoModelForCausalLM.from_pretrained(run / "checkpoints" / "final" / "actor")
     tokenizer = AutoTokenizer.from_pretrained(run / "checkpoints" / "final" / "actor")
     batch = tokenizer(held_out[0]["prompt"], return_tensors="pt")
