@@ -9,14 +9,15 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint
 COMPILE := $(BIN)/python -m compileall -q hlrlhf presets templates trainer
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs clean
+.PHONY: help demo test test-portable check docs clean
 
 help:
-	@echo 'make demo    train a small actor on this machine, in about two minutes'
-	@echo 'make test    format, types and all tests; as root it also installs Slurm'
-	@echo 'make check   format and types only'
-	@echo 'make docs    write docs/settings.md and docs/architectures.md again'
-	@echo 'make clean   remove .venv and what was built'
+	@echo 'make demo           train a small actor on this machine, in about two minutes'
+	@echo 'make test           format, types and all tests; as root it also installs Slurm'
+	@echo 'make test-portable  the numeric tests as other processors would run them, in about an hour'
+	@echo 'make check          format and types only'
+	@echo 'make docs           write docs/settings.md and docs/architectures.md again'
+	@echo 'make clean          remove .venv and what was built'
 
 demo: .venv/.train
 	@$(BIN)/hlrlhf submit --preset demo --local
@@ -25,6 +26,9 @@ test: .venv/.test
 	@tests/install-slurm.sh
 	@$(MAKE) --no-print-directory check
 	$(BIN)/pytest
+
+test-portable: .venv/.test
+	@$(BIN)/python tests/portable.py
 
 check: .venv/.test
 	$(BIN)/ruff check

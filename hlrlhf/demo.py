@@ -50,8 +50,8 @@ def prepare(resolved: Resolved) -> None:
 
 
 def _is_made() -> bool:
-    """Whether the folder is complete, and of the recipe that is installed here."""
+    """Whether the folder is complete, and of the recipe that is installed here; of any seed."""
     stamp = MODELS / "recipe.sha256"
     maker = resources.files("hlrlhf.trainer") / "demo.py"
     current = hashlib.sha256(maker.read_bytes()).hexdigest()
-    return stamp.is_file() and stamp.read_text(encoding="utf-8") == current
+    return stamp.is_file() and stamp.read_text(encoding="utf-8").startswith(current)

@@ -22,9 +22,27 @@ for _number in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, lambda *_: None)
 
+# What other machines have, see portable.py: threads of this process (ranks.py has those of ranks),
+# which torch reads as it is imported, and the seed of the demo's models.
+if "HLRLHF_TEST_THREADS" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = os.environ["HLRLHF_TEST_THREADS"]
+DEMO_SEED = int(os.environ.get("HLRLHF_TEST_DEMO_SEED", "1"))
+
 # No test has a time limit for an example: machines are slow at times, and first calls always.
 hypothesis.settings.register_profile("untimed", hypothesis.settings(), deadline=None)
 hypothesis.settings.load_profile("untimed")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    words = "tell how narrowly comparisons of numbers hold"
+    parser.addoption("--margins", action="store_true", help=words)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--margins"):
+        import margins
+
+        config.pluginmanager.register(margins)
 
 
 @pytest.fixture(autouse=True)
@@ -102,5 +120,5 @@ def demo_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from hlrlhf.trainer import demo
 
     folder = tmp_path_factory.mktemp("demo") / "models"
-    demo.make(folder)
+    demo.make(folder, DEMO_SEED)
     return folder

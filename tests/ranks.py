@@ -26,6 +26,9 @@ from safetensors.torch import load_file
 from hlrlhf.ports import rendezvous_port
 from hlrlhf.settings import layers
 
+# Of each rank; `make test-portable` takes more.
+THREADS = os.environ.get("HLRLHF_TEST_THREADS", "1")
+
 _LIMIT = 240  # seconds; a run of these takes some five
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(["torch", "datasets", "deepspeed", "hlrlhf.trainer.loop"])
@@ -108,7 +111,7 @@ def variables(rank: int, ranks: int, port: int) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": THREADS,
     }
 
 
@@ -186,7 +189,7 @@ def _call(
 
     from hlrlhf.trainer import engine
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(THREADS))
     try:
         engine.start(tiny.cpu(tiny.settings()))
         found = (rank, "", function(*arguments))
@@ -211,6 +214,6 @@ def _rank(directory: Path, environ: dict[str, str], log: str) -> None:
     sys.path[:0] = filter(None, environ.get("PYTHONPATH", "").split(os.pathsep))
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(THREADS))
     sys.argv[1:] = [str(directory)]
     runpy.run_module("hlrlhf.trainer", run_name="__main__", alter_sys=True)

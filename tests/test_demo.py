@@ -18,6 +18,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.slow
 
+from conftest import DEMO_SEED  # noqa: E402
 from transformers import (  # noqa: E402
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -49,7 +50,8 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def run_maker(folder: Path) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-m", demo.__name__, str(folder)])
+    seed = f"--seed={DEMO_SEED}"
+    return subprocess.Popen([sys.executable, "-m", demo.__name__, str(folder), seed])
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
@@ -115,11 +117,13 @@ def test_actor_answers_in_both_manners_and_stops(
     assert (answers == tokenizer.eos_token_id).any(dim=1).float().mean() > 0.98
     texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
     scores = scores_of(classifier, tokenizer, [p + t for p, t in zip(prompts, texts, strict=True)])
+    # A coin's 256 tosses have a standard error of 0.03, and their mean score, with a deviation of
+    # 2.3, one of 0.15; another seed's actor may lean to a side by as much again.
     assert 0.35 < (scores > 0).float().mean() < 0.65
-    assert abs(scores.mean()) < 0.75
-    # Most speak of the very thing that was asked about.
+    assert abs(scores.mean()) < 1
+    # Most speak of the very thing that was asked about, where one in nine would by chance.
     asked = [next(thing for thing in demo.THINGS if f" a {thing}" in prompt) for prompt in prompts]
-    assert sum(t in text for t, text in zip(asked, texts, strict=True)) > 0.9 * len(texts)
+    assert sum(t in text for t, text in zip(asked, texts, strict=True)) > 0.8 * len(texts)
 
 
 def test_reward_ranks_held_out_pairs(
@@ -131,7 +135,8 @@ def test_reward_ranks_held_out_pairs(
     )
     assert (chosen > rejected).float().mean() > 0.95
     assert 2 < (chosen - rejected).mean() < 6
-    assert max(chosen.max(), -rejected.min()) < 5
+    # PPO clips at 5; a tail of single answers may be longer.
+    assert (torch.cat([chosen, rejected]).abs() < 5).float().mean() > 0.97
 
 
 def test_reward_folder_is_that_of_deepspeed_chat(demo_models: Path, classifier: Any) -> None:
@@ -158,19 +163,24 @@ def test_made_again_it_is_the_same(demo_models: Path, tmp_path: Path) -> None:
 
 def test_a_complete_folder_is_left_alone(demo_models: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in demo_models.rglob("*")}
-    demo.make(demo_models)
+    demo.make(demo_models, DEMO_SEED)
     assert {path: path.stat().st_mtime_ns for path in demo_models.rglob("*")} == before
 
 
-def test_a_folder_of_another_recipe_is_replaced(
+def test_a_folder_of_another_recipe_or_seed_is_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo, "write", lambda folder: (folder / "new").touch())
+    monkeypatch.setattr(demo, "write", lambda folder, _: (folder / "new").touch())
     folder = tmp_path / "models"
     folder.mkdir()
     (folder / "old").touch()
     (folder / demo.STAMP).write_text("of an older version")
     demo.make(folder)
+    assert {path.name for path in folder.iterdir()} == {"new", demo.STAMP}
+    (folder / "new").unlink()
+    demo.make(folder)
+    assert {path.name for path in folder.iterdir()} == {demo.STAMP}, "left alone"
+    demo.make(folder, demo.SEED + 1)
     assert {path.name for path in folder.iterdir()} == {"new", demo.STAMP}
     assert list(tmp_path.iterdir()) == [folder]
 
@@ -260,7 +270,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
 def test_from_nothing_to_a_kinder_actor(finished: Finished, held_out: list[dict[str, str]]) -> None:
     assert len(finished.rewards) == 40
-    assert finished.gain > 2.5
+    # benchmarks/demo_seeds.py has the gains of ten seeds, with a deviation of some 0.2.
+    assert finished.gain > 2
     final = finished.directory / "checkpoints" / "final" / "actor"
     actor = AutoModelForCausalLM.from_pretrained(final)
     tokenizer = AutoTokenizer.from_pretrained(final)

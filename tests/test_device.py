@@ -23,6 +23,8 @@ from hlrlhf.trainer.errors import TrainerError  # noqa: E402
 HERE = Path(__file__).parent
 GAUDI = str(HERE / "gaudi")
 OPTIMUM = str(HERE / "gaudi-optimum")
+# An epsilon above nearly all gradients: weights move in proportion to them, roundings included.
+GENTLE = {"optimizer__epsilon": 1e-2}
 
 
 @pytest.fixture(autouse=True)
@@ -127,7 +129,7 @@ def test_gaudi_compiles_for_few_shapes() -> None:
 @pytest.mark.slow
 def test_lazy_mode_with_graphs_end_to_end(demo_models: Path, tmp_path: Path) -> None:
     """With LoRA, where generate calls a module below peft's wrapper."""
-    lora = {"lora__dim": 4, "lora__actor_lr": 1e-2, "mbs": 4}
+    lora = {"lora__dim": 4, "lora__actor_lr": 1e-2, "mbs": 4, **GENTLE}
     prepare(tmp_path / "hpu", demo_models, device="hpu", hpu__lazy_mode=1, run_steps=2, **lora)
     run, calls = on_gaudi(tmp_path / "hpu", GAUDI)
     assert run.codes == [0], run.output
@@ -136,7 +138,7 @@ def test_lazy_mode_with_graphs_end_to_end(demo_models: Path, tmp_path: Path) -> 
     assert calls[0] == "load lazy=True", "the mode was set before the bridge was loaded"
     count = Counter(calls)
     assert count["hccl rank 0 of 1"] >= 1
-    assert count["FusedAdamW lr=0.001 betas=(0.9, 0.95) eps=1e-08"] == 2
+    assert count["FusedAdamW lr=0.001 betas=(0.9, 0.95) eps=0.01"] == 2
     assert count["synchronize"] == 6, "three clocked parts of two steps"
     # Per step: after the rollout, then two micro batches each for the reference, for actor and
     # critic, for the reward model, and for the update of each trained one. And one to check the
@@ -160,7 +162,7 @@ def test_lazy_mode_with_graphs_end_to_end(demo_models: Path, tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_eager_mode_end_to_end(demo_models: Path, tmp_path: Path) -> None:
-    changes = {"mbs": 4, "actor__zero_stage": 2, "critic__zero_stage": 0}
+    changes = {"mbs": 4, "actor__zero_stage": 2, "critic__zero_stage": 0, **GENTLE}
     prepare(tmp_path / "hpu", demo_models, device="hpu", run_steps=2, **changes)
     run, calls = on_gaudi(tmp_path / "hpu", GAUDI)
     assert run.codes == [0], run.output

@@ -205,6 +205,8 @@ def test_the_numbers_do_not_depend_on_the_ranks(demo_models: Path, tmp_path: Pat
     The likeliest answers, as sampled ones would differ; out of the training prompts.
     """
     common: dict[str, Any] = {"evaluation__interval": 3, "evaluation__prompts": 7, "mbs": 2}
+    # Above nearly all gradients: weights move in proportion to them, roundings included.
+    common |= {"optimizer__epsilon": 1e-2}
     stages = {"actor__zero_stage": 3, "critic__zero_stage": 3}
     runs: list[Run] = []
     for ranks, more in ((1, {}), (2, stages | {"devices_per_node": 2, "gbs": 4})):

@@ -96,6 +96,8 @@ def make(tmp_path: Path) -> Callable[..., Case]:
             "num_warmup_steps=0",
             "actor.learning_rate=0.01",
             "critic.learning_rate=0.01",
+            # Above nearly all gradients: weights move in proportion to them, roundings included.
+            "optimizer.epsilon=0.01",
             *flags,
         )
         return Case(tmp_path, settings)
@@ -179,7 +181,9 @@ def test_with_its_adapters_off_a_model_is_what_it_was(
         found = engine.whole_weights(its)
         assert found.keys() == expected.keys()
         for name, value in expected.items():
-            assert (found[name] - value).norm() <= 1e-6 * value.norm(), name
+            # Three times a hundred operations, each off by a share of 2^-24.
+            allowed = 5e-5 * float(value.norm())
+            assert float((found[name] - value).norm()) == pytest.approx(0, abs=allowed), name
         moved = {name for name, value in found.items() if not value.equal(was[name])}
         assert {name for name in moved if ".lora_" not in name} == (
             {"classifier.base_model.model.score.weight"} if its is trained[1] else set()

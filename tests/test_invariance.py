@@ -28,8 +28,10 @@ from hlrlhf.trainer.update import update  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
-# Of each model's gradient, relative to its norm, and of each loss; fp32. Largest seen: 3.0e-6.
-TOLERANCE = 2e-5
+# Of each model's gradient, relative to its norm, and of each loss: in fp32 a hundred operations on
+# either side, each off by up to 2^-24, make 1.2e-5, and the gradient's cancellations and the weight
+# that it is read from some more.
+TOLERANCE = 5e-5
 
 
 def padded_more(left: int, right: int) -> Any:
@@ -134,4 +136,4 @@ def test_the_gradient_does_not_change_with(tmp_path: Path, case: str, architectu
         abs(losses[name] - value) / abs(value) for name, value in expected_losses.items() if value
     ]
     print(f"{case}, {architecture}: {max(differences):.1e}")
-    assert max(differences) < TOLERANCE
+    assert max(differences) == pytest.approx(0, abs=TOLERANCE)

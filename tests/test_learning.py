@@ -70,11 +70,13 @@ def test_every_seed_finds_the_best_policy(
     assert mean(metrics, "reward", slice(1)) < 0.3
     assert mean(metrics, "reward", EARLY) > 0.9 * BEST.reward
     assert mean(metrics, "reward") == pytest.approx(BEST.reward, rel=0.1)
-    assert mean(metrics, "kl") == pytest.approx(BEST.kl, rel=0.2)
+    # A penalty of 0.08 or 0.13 would move the reward by over 12 %, and the divergence by over 30 %.
+    assert mean(metrics, "kl") == pytest.approx(BEST.kl, rel=0.3)
     # Near the best policy this is flat: half or twice the penalty would end under 86 %.
     objective = mean(metrics, "reward") - KL_COEFFICIENT * mean(metrics, "kl")
     assert objective > 0.93 * (BEST.reward - KL_COEFFICIENT * BEST.kl)
-    assert max(values["kl"] for values in metrics) < 1.7 * BEST.kl
+    # Without a penalty it ends at 1.99 times as much.
+    assert max(values["kl"] for values in metrics) < 1.9 * BEST.kl
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -408,7 +408,8 @@ def test_a_run_whose_rewards_are_those_of_a_function_alone(
     for step, sample, (prompts, answers, scores) in zip(run.metrics, samples, calls, strict=True):
         assert len(prompts) == 8
         assert all(prompt.startswith("Human:") for prompt in prompts)
-        assert step["reward"] == pytest.approx(sum(scores) / 8, rel=1e-6)
+        # Eight additions and a division in fp32.
+        assert step["reward"] == pytest.approx(sum(scores) / 8, rel=1e-5)
         assert step["reward"] > 0
         assert sample["score"] == pytest.approx(scores[0])
         assert sample["prompt"] == f"<s>{prompts[0]}"

@@ -37,11 +37,16 @@ from transformers import (  # noqa: E402
 from hlrlhf.ports import rendezvous_port  # noqa: E402
 from hlrlhf.trainer.loading import load_scorer, saved_as  # noqa: E402
 
-# Of each weight tensor, relative to its norm. Largest difference seen between the runs that must
-# agree, after three steps in fp32: 6.3e-6. Losses normalised per rank instead of globally: 4.9e-3.
-SAME_WEIGHTS = 5e-5
+# AdamW divides by a gradient's own size, so that a rounding of one near zero moves its weight by
+# the whole rate. With an epsilon above nearly all gradients, which clipping keeps to a norm of 1,
+# weights move in proportion to them: in three steps by some 1e-3 of their norm, and of this fp32
+# rounds a share of 1e-5. The roundings of a weight itself, two in each step, add 6 * 2^-24 = 4e-7.
+GENTLE = {"optimizer__epsilon": 1e-2}
+# Of each weight tensor, relative to its norm.
+SAME_WEIGHTS = 2e-6
 COMPARED = ("reward", "kl", "length", "entropy", "value", "return", "critic_loss")
 ADAPTERS: dict[str, Any] = {"lora__dim": 4, "lora__actor_lr": 1e-2, "lora__critic_lr": 1e-2}
+ADAPTERS |= {"optimizer__epsilon": 1e-3}  # their gradients are smaller, as one factor starts at 0
 
 Trained = Callable[..., Run]
 
@@ -55,7 +60,7 @@ def trained(demo_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Trai
         key = repr((ranks, sorted(changes.items())))
         if key not in done:
             directory = tmp_path_factory.mktemp("run")
-            prepare(directory, demo_models, devices_per_node=ranks, **changes)
+            prepare(directory, demo_models, devices_per_node=ranks, **GENTLE | changes)
             done[key] = train(directory, ranks)
         assert done[key].codes == [0] * ranks, done[key].output
         return done[key]
@@ -68,16 +73,18 @@ def zero(stage: int) -> dict[str, int]:
 
 
 def assert_same(run: Run, other: Run) -> None:
+    # The KL divergence is a sum over 16 tokens of differences of log-probs, in which logits of some
+    # 10, rounded after a hundred operations, leave up to 5e-6 each.
     for step, expected in zip(run.metrics, other.metrics, strict=True):
         for name in COMPARED:
-            assert step[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5), name
+            assert step[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-4), name
     for role in ("actor", "critic"):
         expected = other.weights(role)
         weights = run.weights(role)
         assert weights.keys() == expected.keys()
         for name, value in weights.items():
-            difference = (value - expected[name]).norm() / expected[name].norm()
-            assert difference < SAME_WEIGHTS, f"{role} {name}"
+            difference = float((value - expected[name]).norm() / expected[name].norm())
+            assert difference == pytest.approx(0, abs=SAME_WEIGHTS), f"{role} {name}"
 
 
 @pytest.mark.knob("seed")
@@ -152,18 +159,44 @@ def test_both_formats_of_critic_and_reward_are_one_model(
     assert_same(trained(critic__model_path=demo_models / "reward-hf"), trained())
 
 
-def test_actor_and_critic_learn(trained: Trained, demo_models: Path) -> None:
-    idle = trained(actor__learning_rate=1e-12, critic__learning_rate=1e-12)
-    first, *_, last = trained().metrics
-    assert first["reward"] == pytest.approx(idle.metrics[0]["reward"])
-    assert last["reward"] > idle.metrics[-1]["reward"] + 0.5, "on the same prompts"
+@pytest.fixture
+def learning(demo_models: Path) -> dict[str, Any]:
+    """Changes of a run that learns within ten steps, evaluated before the first and after the last.
+
+    Each time the actor answers 256 held-out prompts, drawing the same random numbers. Scores of the
+    demo's answers have a deviation of 2.3, so that the difference of two means has a standard error
+    of 0.2. Most of the way from 0 to 3.5, where all answers are kind, is a rise by over 2.
+    """
+    return {
+        "dataset__path": [str(demo_models / "prompts" / "train.jsonl")],
+        "evaluation__path": demo_models / "prompts" / "eval.jsonl",
+        "evaluation__prompts": 256,
+        "evaluation__interval": 100,
+        "generation__top_k": 0,
+        "generation__max_new_tokens": 24,
+        "gbs": 64,
+        "mbs": 64,
+        "run_steps": 10,
+        "actor__learning_rate": 3e-3,
+        "optimizer__epsilon": 1e-8,
+    }
+
+
+RISE = 1.5
+
+
+def test_actor_and_critic_learn(
+    trained: Trained, learning: dict[str, Any], demo_models: Path
+) -> None:
+    run = trained(**learning)
+    before, first, *_, last = run.metrics
+    assert before["step"] == 0
+    assert last["evaluation_reward"] > before["evaluation_reward"] + RISE
     assert first["kl"] == pytest.approx(0, abs=1e-4)
-    assert last["kl"] > 0.01
+    assert last["kl"] > 0.1
     for role, folder in (("actor", "actor"), ("critic", "reward-hf")):
         start = load_file(demo_models / folder / "model.safetensors")
-        moved = [
-            name for name, value in trained().weights(role).items() if (value != start[name]).any()
-        ]
+        moved = [name for name, value in run.weights(role).items() if (value != start[name]).any()]
         assert len(moved) == len(start), role
 
 
@@ -182,24 +215,28 @@ def test_dropout_is_in_the_update_and_nowhere_else(trained: Trained) -> None:
     for name in ("reward", "entropy", "value", "return"):
         assert dropped[name] == pytest.approx(plain[name], rel=1e-5), name
     # The first forward of the update is the policy that has sampled, but for dropout.
-    assert plain["ratio"] == pytest.approx(1, abs=1e-5)
+    assert plain["ratio"] == pytest.approx(1, abs=1e-4)
     assert abs(dropped["ratio"] - 1) > 1e-3
     assert dropped["critic_loss"] != pytest.approx(plain["critic_loss"], rel=1e-3)
 
 
 @pytest.mark.knob("actor.model_path", "critic.model_path")
-def test_a_run_goes_on_from_the_models_of_another(trained: Trained, demo_models: Path) -> None:
-    first = trained()
+def test_a_run_goes_on_from_the_models_of_another(
+    trained: Trained, learning: dict[str, Any], demo_models: Path
+) -> None:
+    first = trained(**learning)
     saved = first.directory / "checkpoints" / "final"
-    second = trained(
-        actor__model_path=saved / "actor",
-        critic__model_path=saved / "critic",
-        reward__model_path=demo_models / "reward",
-    )
-    before, after = first.metrics[0], second.metrics[0]
-    assert after["reward"] > before["reward"] + 0.2
-    assert after["value"] != pytest.approx(before["value"], abs=0.01)
-    assert after["kl"] == pytest.approx(0, abs=1e-4), "the reference starts from it too"
+    models = {
+        "actor__model_path": saved / "actor",
+        "critic__model_path": saved / "critic",
+        "reward__model_path": demo_models / "reward",
+    }
+    second = trained(**learning | models | {"run_steps": 1})
+    before, after = first.metrics[-1], second.metrics[0]
+    assert after["evaluation_reward"] > first.metrics[0]["evaluation_reward"] + RISE
+    assert after["evaluation_reward"] == pytest.approx(before["evaluation_reward"], rel=1e-4)
+    assert second.metrics[1]["value"] != pytest.approx(first.metrics[1]["value"], abs=0.01)
+    assert second.metrics[1]["kl"] == pytest.approx(0, abs=1e-4), "the reference starts from it too"
     assert f"the reference is {saved / 'actor'}, which hlrlhf has trained" in second.output[0]
     assert saved_as(str(saved / "critic")) == "critic"
 
@@ -207,19 +244,16 @@ def test_a_run_goes_on_from_the_models_of_another(trained: Trained, demo_models:
 @pytest.mark.knob("reference.model_path")
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_training_goes_on_against_the_reference_that_it_once_began_with(
-    trained: Trained, demo_models: Path, ranks: int
+    trained: Trained, learning: dict[str, Any], demo_models: Path, ranks: int
 ) -> None:
     """On two ranks with adapters alone under ZeRO-3, where the actor would be its own reference."""
     spread = {"mbs": 2, "only_optimize_lora": 1} | ADAPTERS | zero(3) if ranks == 2 else {}
-    held_out = {"evaluation__interval": 3, "evaluation__prompts": 8}
-    first = trained(**held_out)
-    second = trained(
-        ranks,
-        actor__model_path=first.directory / "checkpoints" / "final" / "actor",
-        reference__model_path=demo_models / "actor",
-        **spread,
-        **held_out,
-    )
+    first = trained(**learning)
+    models = {
+        "actor__model_path": first.directory / "checkpoints" / "final" / "actor",
+        "reference__model_path": demo_models / "actor",
+    }
+    second = trained(ranks, **learning | models | spread | {"run_steps": 1})
     # What the actor has moved away already, on other prompts.
     start, *_, end = [step for step in first.metrics if "evaluation_kl" in step]
     again = next(step for step in second.metrics if "evaluation_kl" in step)
@@ -323,7 +357,7 @@ def test_adapters_alone_leave_the_base_as_it_was(adapters_only: Run, demo_models
             value = value + 0.25 * (
                 adapter[f"{stem}.lora_B.weight"] @ adapter[f"{stem}.lora_A.weight"]
             )
-            assert (value != merged[name]).sum() == 0, name
+            torch.testing.assert_close(merged[name], value, rtol=1e-6, atol=1e-6)
         else:
             assert torch.equal(value, merged[name]), name
     assert adapted == 14, "7 linear layers in each of 2 blocks"
@@ -341,8 +375,9 @@ def test_the_adapter_on_the_base_is_the_merged_actor(adapters_only: Run, demo_mo
         before = base(ids).logits
         loaded = PeftModel.from_pretrained(base, saved / "actor-adapter")(ids).logits
         merged = AutoModelForCausalLM.from_pretrained(saved / "actor")(ids).logits
-    assert torch.allclose(loaded, merged, atol=1e-4)
-    assert not torch.allclose(before, merged, atol=1e-2), "the adapter does something"
+    # Logits of some 10, rounded after a hundred operations of 2^-24.
+    assert torch.allclose(loaded, merged, rtol=0, atol=1e-4)
+    assert not torch.allclose(before, merged, rtol=0, atol=1e-3), "the adapter does something"
     config = json.loads((saved / "actor-adapter" / "adapter_config.json").read_text())
     assert config["task_type"] == "CAUSAL_LM"
     head = load_file(saved / "critic-adapter" / "score.safetensors")["score.weight"]
@@ -421,7 +456,7 @@ def test_the_saved_critic_is_one_that_a_run_can_start_from(trained: Trained) -> 
     with torch.no_grad():
         ours = load_scorer(str(folder), "fp32", 0.0).eval()(ids, mask, 1)[0, -1]
         theirs = AutoModelForSequenceClassification.from_pretrained(folder)(ids, mask).logits[0, 0]
-    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+    assert ours.item() == pytest.approx(theirs.item(), abs=1e-4)
 
 
 def test_what_a_run_writes(trained: Trained) -> None:

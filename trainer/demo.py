@@ -100,9 +100,9 @@ class RewardModel(nn.Module):
         return score
 
 
-def write_rows(count: int) -> Rows:
+def write_rows(count: int, seed: int) -> Rows:
     """Preference pairs, each with a prompt of its own; the chosen answer has more kind parts."""
-    rng = random.Random(SEED)  # noqa: S311
+    rng = random.Random(seed)  # noqa: S311
     tasks = list(itertools.product(ASKS, VERBS, THINGS, ENDINGS))
     manners = itertools.product((False, True), repeat=len(PARTS))  # kind, part by part
     pairs = [pair for pair in itertools.combinations(manners, 2) if sum(pair[0]) != sum(pair[1])]
@@ -243,9 +243,10 @@ def as_classifier(reward: RewardModel) -> Any:
     return classifier
 
 
-def write(folder: Path) -> None:
+def write(folder: Path, seed: int) -> None:
     """Make everything in `folder`, which exists."""
-    rows = write_rows(TRAIN_ROWS + EVAL_ROWS)
+    torch.manual_seed(seed)
+    rows = write_rows(TRAIN_ROWS + EVAL_ROWS, seed)
     train, held_out = rows[:TRAIN_ROWS], rows[TRAIN_ROWS:]
     (folder / "prompts").mkdir()
     for name, part in (("train", train), ("eval", held_out)):
@@ -276,18 +277,18 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def is_made(folder: Path) -> bool:
+def is_made(folder: Path, seed: int = SEED) -> bool:
     """Whether `folder` is complete and was made by this very recipe."""
     stamp = folder / STAMP
-    return stamp.is_file() and stamp.read_text(encoding="utf-8") == recipe()
+    return stamp.is_file() and stamp.read_text(encoding="utf-8") == recipe(seed)
 
 
-def recipe() -> str:
-    """What the outcome depends on: this file."""
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+def recipe(seed: int) -> str:
+    """What the outcome depends on: this file and the seed."""
+    return f"{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()} {seed}"
 
 
-def make(folder: Path) -> None:
+def make(folder: Path, seed: int = SEED) -> None:
     """Make the demo's models and data in `folder`, unless this very recipe already did.
 
     The folder appears whole or not at all, and one of another recipe is replaced.
@@ -295,7 +296,7 @@ def make(folder: Path) -> None:
     Raises:
         FileExistsError: the folder holds something else.
     """
-    if is_made(folder):
+    if is_made(folder, seed):
         return
     if folder.exists() and not (folder / STAMP).is_file():
         raise FileExistsError(f"{folder} exists and is not the demo's: remove it or choose another")
@@ -304,31 +305,31 @@ def make(folder: Path) -> None:
         fresh = Path(work, "fresh")
         fresh.mkdir()
         with one_thread(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(SEED)
-            write(fresh)
-        (fresh / STAMP).write_text(recipe(), encoding="utf-8")
+            write(fresh, seed)
+        (fresh / STAMP).write_text(recipe(seed), encoding="utf-8")
         if folder.exists():
             folder.rename(Path(work, "old"))
         try:
             fresh.rename(folder)
         except OSError:
             # Somebody else made the same at the same time, and was first.
-            if not is_made(folder):
+            if not is_made(folder, seed):
                 raise
 
 
 def main() -> None:
-    """The command line: one folder."""
+    """The command line: one folder, and perhaps another seed than the demo's."""
     parser = argparse.ArgumentParser(
         prog=f"python -m {__spec__.name}",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
+    parser.add_argument("--seed", type=int, default=SEED, help="default: %(default)s")
+    given = parser.parse_args()
     disable_progress_bar()
     try:
-        make(folder)
+        make(given.folder, given.seed)
     except OSError as error:
         sys.exit(str(error))
 
