@@ -111,7 +111,8 @@ def examine(architecture: str, folder: Path) -> Found:
             runs[kind] = Run(folder, kind, *flags)
         return runs[kind]
 
-    only = ("lora.dim=4", "only_optimize_lora=1")
+    rates = ("lora.actor_lr=1e5", "lora.critic_lr=1e5")
+    only = ("lora.dim=4", "only_optimize_lora=1", *rates)
     checkpointing = ("actor.cp_act=1", "critic.cp_act=1")
 
     def as_actor() -> None:
@@ -277,8 +278,6 @@ class Run:
             "optimizer.epsilon=1e6",
             "actor.learning_rate=1e5",
             "critic.learning_rate=1e5",
-            "lora.actor_lr=1e5",
-            "lora.critic_lr=1e5",
             *flags,
         )
         cpu = tiny.cpu(self.settings)

@@ -247,8 +247,9 @@ def test_training_goes_on_against_the_reference_that_it_once_began_with(
     trained: Trained, learning: dict[str, Any], demo_models: Path, ranks: int
 ) -> None:
     """On two ranks with adapters alone under ZeRO-3, where the actor would be its own reference."""
-    spread = {"mbs": 2, "only_optimize_lora": 1} | ADAPTERS | zero(3) if ranks == 2 else {}
-    first = trained(**learning)
+    spread = {"only_optimize_lora": 1} | ADAPTERS | zero(3) if ranks == 2 else {}
+    learning["mbs"] //= ranks
+    first = trained(ranks, **learning)
     models = {
         "actor__model_path": first.directory / "checkpoints" / "final" / "actor",
         "reference__model_path": demo_models / "actor",

@@ -88,7 +88,8 @@ def check(
     counted[:, : sampling.config.min_new_tokens or 0] = False
     apart = torch.where(counted, (sampled - scored).abs(), 0)
     total, count = summed(torch.stack([apart.sum(), counted.sum()]).to(device.torch)).tolist()
-    mean, margin = total / max(1, count), MARGINS[settings.dtype]
+    # A temperature below 1 stretches logits, and their roundings too.
+    mean, margin = total / max(1, count), MARGINS[settings.dtype] / min(1.0, temperature)
     if mean <= margin:
         return
     model = type(actor.module.lm).__name__
