@@ -23,9 +23,9 @@ for _number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(_number, lambda *_: None)
 
 # What other machines have, see portable.py: threads of this process (ranks.py has those of ranks),
-# which torch reads as it is imported, and the seed of the demo's models.
-if "HLRLHF_TEST_THREADS" in os.environ:
-    os.environ["OMP_NUM_THREADS"] = os.environ["HLRLHF_TEST_THREADS"]
+# which torch reads as it is imported, and the seed of the demo's models. More than one thread gains
+# nothing on models this small, and loses much where the processors are busy.
+os.environ["OMP_NUM_THREADS"] = os.environ.get("HLRLHF_TEST_THREADS", "1")
 DEMO_SEED = int(os.environ.get("HLRLHF_TEST_DEMO_SEED", "1"))
 
 # No test has a time limit for an example: machines are slow at times, and first calls always.
