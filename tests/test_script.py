@@ -408,13 +408,14 @@ def test_containers_get_every_value_as_it_is(
     container: str,
     text: str,
 ) -> None:
-    # An image with the name of a file here would be taken for that file.
+    # An image with the name of a file here would be taken for that file, ~ for the user's home.
+    image = f"image{text}"
     monkeypatch.chdir(tmp_path_factory.mktemp("empty"))
     folder = tmp_path_factory.mktemp("run")
     directory = folder / f"run {text}".replace("\\", "")
     flags = [
         f"container.kind={container}",
-        f"container.image={text}",
+        f"container.image={image}",
         "container.args=['--y=" + text.replace("'", "''") + "']",
         "container.mounts=['/m" + text.replace("'", "''") + ":/m']",
         f"hpu.recipe_cache_path={folder}/cache{text}",
@@ -436,7 +437,7 @@ def test_containers_get_every_value_as_it_is(
         assert f"/eval{text}:/eval{text}" in mounts
         assert f"/tokenizer{text}:/tokenizer{text}" in mounts
         assert f"/m{text}:/m" in mounts
-        assert f"--container-image={text}" in words
+        assert f"--container-image={image}" in words
     else:
         last = words[words.index(container) :]
         option = "--bind" if container == "apptainer" else "--volume"
@@ -445,8 +446,8 @@ def test_containers_get_every_value_as_it_is(
         assert f"/eval{text}:/eval{text}" in mounts
         assert f"/tokenizer{text}:/tokenizer{text}" in mounts
         assert f"{directory}:{directory}" in mounts
-        image = last.index(text, last.index(f"--y={text}"))
-        assert last[image + 1 : image + 5] == [str(folder / "python"), *trainer]
+        place = last.index(image, last.index(f"--y={text}"))
+        assert last[place + 1 : place + 5] == [str(folder / "python"), *trainer]
     assert f"--y={text}" in words
 
 
