@@ -29,6 +29,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # The key of config.json under which a saved model says what it was in training.
 ROLE = "hlrlhf_role"
 
+# In Llama's tokenizer, 1 and 2, without a token for padding.
+LLAMA_TOKENS = 32000
+
 # What transformers lets through of its own and its readers' errors about a checkpoint.
 UNREADABLE = (
     OSError,
@@ -129,12 +132,13 @@ def _raw_config(folder: Path) -> dict[str, Any]:
 def _learnt_at(folder: Path) -> str:
     """Where DeepSpeed-Chat's step 2 read the score of a text: at the token before its padding.
 
-    Of a base model with "llama" in its name the padding is a token of its own. Of all others it is
-    the end token, so that the text's own end counts as padding too.
+    For Llama's tokenizer it adds a token for padding, and makes room for it in the embeddings. For
+    all others the padding is the end token, so that the text's own end counts as padding too; for
+    Llama's as well where the base model's name, by which it knows them, does not say so.
     """
     raw = _raw_config(folder)
-    base = raw.get("_name_or_path") or raw.get("model_type")
-    return "end" if "llama" in str(base) else "before_end"
+    padded_apart = raw.get("model_type") == "llama" and raw.get("vocab_size") != LLAMA_TOKENS
+    return "end" if padded_apart else "before_end"
 
 
 def _dtype(dtype: str) -> dict[str, torch.dtype]:
