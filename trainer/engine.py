@@ -11,6 +11,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime import bf16_optimizer
 from deepspeed.utils import groups as rank_groups
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
@@ -52,6 +53,9 @@ def trained(
         settings: all of them.
         device: the rank's.
         updates: optimizer steps of the whole run, the length of the schedule.
+
+    Raises:
+        TrainerError: this DeepSpeed cannot add gradients up as it was asked to.
     """
     is_actor = isinstance(own, Actor)
     offload = settings.optimizer.offload
@@ -73,9 +77,7 @@ def trained(
     )
     # With texts to go on learning from, a micro batch of them follows each of the actor's own.
     mixed = is_actor and settings.pretraining.path is not None
-    accumulated = settings.optimizer.grad_accum_dtype if settings.dtype == "bf16" else "fp32"
     config = _config(settings, own.zero_stage) | {
-        "data_types": {"grad_accum_dtype": accumulated},
         "train_batch_size": settings.gbs // settings.ppo.minibatches * (2 if mixed else 1),
         "train_micro_batch_size_per_gpu": settings.mbs,
         "gradient_clipping": settings.optimizer.gradient_clipping,
@@ -83,6 +85,18 @@ def trained(
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
+    if settings.dtype == "bf16" and settings.optimizer.grad_accum_dtype == "fp32":
+        if own.zero_stage == 1 and not hasattr(bf16_optimizer, "is_invalid_grad_norm"):
+            raise TrainerError(
+                f"this DeepSpeed ({deepspeed.__version__}) would not skip a gradient that is not "
+                "finite where it adds up in fp32 with ZeRO 1: set ZeRO 2, or "
+                "HL_OPTIMIZER_GRAD_ACCUM_DTYPE=bf16"
+            )
+        # Between ranks too; by default what was added up would be sent in bf16.
+        config |= {
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "communication_data_type": "fp32",
+        }
     # Allocated whole: by default 2 GB in fp32, however few gradients there are.
     gradients = sum(p.numel() for p in model.parameters() if p.requires_grad)
     config["zero_optimization"]["reduce_bucket_size"] = min(500_000_000, gradients)

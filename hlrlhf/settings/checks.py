@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from hlrlhf.settings.names import settings_by_name
 from hlrlhf.settings.schema import Settings
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ _IDLE: tuple[tuple[tuple[str, ...], tuple[str, ...], Callable[[Settings], bool],
         ("enable_hpu_graphs",),
         ("device", "hpu.lazy_mode"),
         lambda settings: settings.device == "hpu" and settings.hpu.lazy_mode,
-        "graphs are made on device=hpu in lazy mode only: set hpu.lazy_mode",
+        "graphs are made with device=hpu and hpu.lazy_mode only",
     ),
     (
         ("hpu.lazy_mode", "hpu.recipe_cache_path", "hpu.recipe_cache_size"),
@@ -147,6 +148,10 @@ def contradictions(settings: Settings, values: Mapping[str, Given]) -> Iterator[
         in_fp32 = settings.dtype == "bf16" and settings.optimizer.grad_accum_dtype == "fp32"
         if in_fp32 and values[stage].value == 0:
             yield ("optimizer.grad_accum_dtype", stage), "adding up in fp32 needs ZeRO 1 or more"
+        elif in_fp32 and values[stage].value < 3 and settings.optimizer.offload:
+            # DeepSpeed would keep a gradient that is not finite, and skip all steps from then on.
+            names = ("optimizer.grad_accum_dtype", "optimizer.offload", stage)
+            yield names, "adding up in fp32 beside offloaded states needs ZeRO 3"
     if settings.container.kind == "none":
         for name in ("container.image", "container.mounts", "container.args"):
             if values[name].value:
@@ -155,7 +160,9 @@ def contradictions(settings: Settings, values: Mapping[str, Given]) -> Iterator[
         yield ("container.kind", "container.image"), "a container needs an image"
     for names, others, effective, why in _IDLE:
         for name in names:
-            if asked(name) and values[name].value and not effective(settings):
+            value, default = values[name].value, settings_by_name()[name].default
+            wanted = value is True or (value and value != default)
+            if asked(name) and wanted and not effective(settings):
                 yield (name, *others), why
     weights = settings.dataset.weights
     if weights is not None and len(weights) != len(settings.dataset.path):
