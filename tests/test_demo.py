@@ -256,7 +256,9 @@ def from_nothing(folder: Path, *flags: str) -> Finished:
     """``hlrlhf submit --preset demo --local`` in an empty folder."""
     settings = [part for flag in flags for part in ("--set", flag)]
     command = [sys.executable, "-m", "hlrlhf", "submit", "--preset", "demo", "--local", *settings]
-    subprocess.run(command, check=True, timeout=600, cwd=folder)
+    # Names of runs are unique in the index there.
+    environ = os.environ | {"XDG_STATE_HOME": str(folder / "state")}
+    subprocess.run(command, check=True, timeout=600, cwd=folder, env=environ)
     run = folder / "demo" / "runs" / "demo"
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return Finished(run, [json.loads(line)["reward"] for line in lines])
