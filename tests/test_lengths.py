@@ -56,8 +56,8 @@ def rotary(rope: dict[str, Any] | None = None) -> Any:
         # Its configurations give the length after the scaling already.
         (rotary(LLAMA3 | {"factor": 2.0}), 100),
         (BloomConfig(), None),
-        (MptConfig(), None),
         (FalconConfig(alibi=True), None),
+        (MptConfig(max_seq_len=16), 16),
     ],
     ids=lambda value: type(value).__name__.removesuffix("Config"),
 )
@@ -100,9 +100,9 @@ def test_prompts_and_answers_that_a_model_cannot_read_are_an_error(
 
     named = "reward model" if role == "reward" else role
     assert str(caught.value) == (
-        f"{tmp_path / role}: the {named} can read 31 tokens at most, but the longest prompt has 12 "
-        "and an answer up to 20 (generation.max_new_tokens): set HL_DATASET_MAX_PROMPT_TOKENS to "
-        "11 at most, or HL_GENERATION_MAX_NEW_TOKENS to 19 at most"
+        f"{tmp_path / role}: the {named} can read 31 tokens at most, by its config.json, but the "
+        "longest prompt has 12 and an answer up to 20 (generation.max_new_tokens): set "
+        "HL_DATASET_MAX_PROMPT_TOKENS to 11 at most, or HL_GENERATION_MAX_NEW_TOKENS to 19 at most"
     )
 
 

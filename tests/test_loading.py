@@ -25,7 +25,7 @@ from transformers import (  # noqa: E402
     T5ForConditionalGeneration,
 )
 
-from hlrlhf.trainer import dropout, loading, models  # noqa: E402
+from hlrlhf.trainer import dropout, loading, models, probes  # noqa: E402
 from hlrlhf.trainer.errors import TrainerError  # noqa: E402
 
 SPECIAL = {"vocab_size": tiny.VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -337,3 +337,18 @@ def test_loading_draws_no_random_numbers_of_the_runs(tmp_path: Path) -> None:
             load(kind, folder, rate)
             states.append(torch.rand(1))
         assert states[0].equal(states[1])
+
+
+def test_a_model_that_processors_cannot_run_is_loaded_untried(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As with Optimum for Gaudi, which gives some architectures forwards for Gaudi alone."""
+    policy = loading.load_policy(str(tiny.save_policy(tmp_path, "llama")), "fp32", 0.0).train()
+
+    def forward(*_: Any, **__: Any) -> Any:
+        raise NotImplementedError("for Gaudi alone")
+
+    policy.lm.forward = forward
+    probes.check(str(tmp_path), policy, 0.0)
+    assert "not tried before training" in capsys.readouterr().out
+    assert policy.training

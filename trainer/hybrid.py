@@ -49,11 +49,11 @@ def _kernels_lack(device: str) -> str | None:
     from deepspeed.ops.op_builder.builder import MissingCUDAException
     from deepspeed.ops.op_builder.transformer_inference import InferenceBuilder
 
-    # The kernels for other devices than GPUs are those that this DeepSpeed brings for them, if any.
+    # On Gaudi there are those that this DeepSpeed brings for it, if any.
     builder = (
-        InferenceBuilder()
-        if device == "cuda"
-        else get_accelerator().create_op_builder(InferenceBuilder.__name__)
+        get_accelerator().create_op_builder(InferenceBuilder.__name__)
+        if device == "hpu"
+        else InferenceBuilder()
     )
     if builder is None:
         return f"this DeepSpeed ({deepspeed.__version__}) has no inference kernels for {device}"

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from hlrlhf.settings import Settings
-from hlrlhf.trainer import data, frozen
+from hlrlhf.trainer import data, frozen, loading
 from hlrlhf.trainer.errors import TrainerError
 
 
@@ -21,7 +21,10 @@ def longest(config: Any) -> int | None:
         config: the model's, of transformers.
     """
     text = config.get_text_config()
-    places: int | None = getattr(text, "max_position_embeddings", None)
+    # MPT biases by distance, and all the same has a limit, under a name of its own.
+    places: int | None = getattr(
+        text, "max_position_embeddings", getattr(text, "max_seq_len", None)
+    )
     if places is None or getattr(text, "alibi", False):
         return None
     ropes = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
@@ -60,7 +63,7 @@ def check_lengths(settings: Settings, prompts: data.Prompts) -> None:
         places = _of_checkpoint(path)
         if places is None:
             continue
-        told = f"{path}: the {role} can read {places} tokens at most"
+        told = f"{path}: the {role} can read {places} tokens at most, by its config.json"
         if prompt + answer > places:
             raise TrainerError(
                 f"{told}, but the longest prompt has {prompt} and an answer up to {answer} "
@@ -87,5 +90,5 @@ def _remedy(places: int, prompt: int, answer: int) -> str:
 def _of_checkpoint(path: str) -> int | None:
     try:
         return longest(AutoConfig.from_pretrained(path))
-    except (OSError, ValueError):
+    except loading.UNREADABLE:
         return None  # loading the model will say why
