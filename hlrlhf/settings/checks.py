@@ -150,8 +150,10 @@ def contradictions(settings: Settings, values: Mapping[str, Given]) -> Iterator[
             yield ("optimizer.grad_accum_dtype", stage), "adding up in fp32 needs ZeRO 1 or more"
         elif in_fp32 and values[stage].value < 3 and settings.optimizer.offload:
             # DeepSpeed would keep a gradient that is not finite, and skip all steps from then on.
-            names = ("optimizer.grad_accum_dtype", "optimizer.offload", stage)
-            yield names, "adding up in fp32 beside offloaded states needs ZeRO 3"
+            yield (
+                ("optimizer.grad_accum_dtype", "optimizer.offload", stage),
+                "adding up in fp32 beside offloaded states needs ZeRO 3",
+            )
     if settings.container.kind == "none":
         for name in ("container.image", "container.mounts", "container.args"):
             if values[name].value:
