@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import try_to_load_from_cache
 from transformers import AutoTokenizer
+from transformers.utils import cached_file
 
 from hlrlhf.settings import Settings
 from hlrlhf.trainer import fidelity
@@ -158,12 +158,18 @@ def _holds_one(path: str) -> bool:
 
 
 def _file(path: str, name: str) -> Path | None:
-    """A file of a folder, or of a Hub name that has been loaded: it is in the cache then."""
-    if Path(path).is_dir():
-        file = Path(path, name)
-        return file if file.is_file() else None
-    cached = try_to_load_from_cache(path, name)
-    return Path(cached) if isinstance(cached, str) else None
+    """A file of a folder, or of a Hub name that has been loaded: it is in the cache then.
+
+    In transformers' own, which is another than the Hub library's in releases that Gaudi has.
+    """
+    found = cached_file(
+        path,
+        name,
+        local_files_only=True,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return Path(found) if found is not None else None
 
 
 def _made_from(path: str) -> str | None:
