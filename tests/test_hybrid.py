@@ -7,7 +7,6 @@ train(), as the real one does; everything else is real.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +17,13 @@ torch = pytest.importorskip("torch")
 import tiny  # noqa: E402
 from ranks import prepare, read_lines  # noqa: E402
 from test_agreement import as_it_is, shifted  # noqa: E402
-from tiny import EOS, PAD, one_rank  # noqa: E402, F401
+from tiny import one_rank  # noqa: E402, F401
 from torch.utils import cpp_extension  # noqa: E402
 from transformers import Qwen2Config  # noqa: E402
 
 from hlrlhf.settings.layers import load  # noqa: E402
 from hlrlhf.trainer import engine, hybrid, loop  # noqa: E402
 from hlrlhf.trainer.errors import TrainerError  # noqa: E402
-
-PROMPTS = [[1, 5, 6, 7, 8, 9], [1, 30], [1, 11, 12], [1, 4]]
-Kernel = Callable[[Any, Any], Any]
 
 
 def asked(path: Path | str = "/nowhere") -> Any:
