@@ -20,7 +20,7 @@ from hlrlhf.trainer import rollout as rollouts
 from hlrlhf.trainer.device import Device
 from hlrlhf.trainer.engine import summed
 from hlrlhf.trainer.experience import answer_logprobs
-from hlrlhf.trainer.frozen import Copy, reference_path
+from hlrlhf.trainer.frozen import Copy
 from hlrlhf.trainer.rollout import Rollout, Sampling
 from hlrlhf.trainer.rows import Rows
 
@@ -88,8 +88,8 @@ class Evaluation:
         """
         answers = self._answer(actor, reference, scores)
         if self._reference is None:
-            apart = reference_path(self._settings) != self._settings.actor.model_path
-            self._reference = self._answer(reference, reference, scores) if apart else answers
+            same = self._settings.starts_at_reference
+            self._reference = answers if same else self._answer(reference, reference, scores)
         means = {
             "evaluation_reward": answers.scores.mean().item(),
             "evaluation_kl": answers.kl.mean().item(),

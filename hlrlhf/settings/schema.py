@@ -618,8 +618,12 @@ class Settings(Group):
     @property
     def shares_reference(self) -> bool:
         """Whether the actor, without its adapters, is the reference too."""
-        own = self.reference.model_path
-        return self.adapters_only and own in (None, self.actor.model_path)
+        return self.adapters_only and self.starts_at_reference
+
+    @property
+    def starts_at_reference(self) -> bool:
+        """Whether actor and reference are read from one checkpoint."""
+        return self.reference.model_path in (None, self.actor.model_path)
 
     @property
     def gres_name(self) -> str | None:
