@@ -16,11 +16,11 @@ from types import FrameType
 from typing import IO, BinaryIO
 
 from hlrlhf.ports import PortTakenError, rendezvous_port
+from hlrlhf.runs import STOPPED, Attempt, Outcome, Run
 from hlrlhf.settings.errors import Problem, SettingsError
 from hlrlhf.settings.layers import Resolved
 from hlrlhf.settings.schema import Settings
 
-STOPPED_EARLY = 75
 _LOOK = 0.1  # seconds between looks at whether a rank has ended
 
 
@@ -49,8 +49,7 @@ def run(
     directory: Path,
     environ: Mapping[str, str],
     command: Sequence[str] = (sys.executable, "-m", "hlrlhf.trainer"),
-    grace: float = 30,
-) -> int:
+) -> Outcome:
     """Run the ranks to their end; all that they print goes to the log and to standard error.
 
     A first SIGINT, SIGTERM or SIGUSR1 asks the ranks to stop and save, a second one ends them.
@@ -60,16 +59,16 @@ def run(
         directory: the run directory, with ``job.json`` in it.
         environ: the environment of the ranks, before what a run adds.
         command: what a rank runs; the run directory is added as its argument.
-        grace: seconds that the other ranks get between SIGTERM and SIGKILL when one failed.
 
     Returns:
-        The exit code of the first rank that failed (128 + n for signal n), else 75 if the run
-        stopped early, else 0. It is also left in ``logs/local.0.exit``.
+        What the first rank with something to say left, or what the launcher saw of it. It is also
+        left in ``logs/local.0.exit``.
 
     Raises:
         SettingsError: HL_MASTER_PORT is taken.
     """
     settings = resolved.settings
+    attempt = Attempt(Run(directory), "local", 0)
     log = Path(settings.log_file or directory / "logs" / "local.0.log")
     log.parent.mkdir(parents=True, exist_ok=True)
     port = rendezvous_port(
@@ -86,14 +85,17 @@ def run(
             raise SettingsError(
                 [Problem("master_port", f"{error}; set another one or none")]
             ) from error
-        ranks = stack.enter_context(_Ranks(output, grace))
+        ranks = stack.enter_context(_Ranks(output, attempt))
         stack.enter_context(_signals(ranks))
         for rank in range(settings.world_size):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             ranks.start([*command, str(directory)], directory, shared | own)
-        code = ranks.wait()
-        (directory / "logs" / "local.0.exit").write_text(f"{code}\n", encoding="ascii")
-    return code
+        ranks.wait()
+        outcome = attempt.heard() or Outcome(
+            1, "the ranks ended without a word that the run is complete"
+        )
+        attempt.ended.write_text(str(outcome), encoding="utf-8")
+    return outcome
 
 
 def _environment(settings: Settings, environ: Mapping[str, str], port: int) -> dict[str, str]:
@@ -104,6 +106,7 @@ def _environment(settings: Settings, environ: Mapping[str, str], port: int) -> d
         "LOCAL_WORLD_SIZE": str(settings.world_size),
         "MASTER_ADDR": settings.master_addr or "127.0.0.1",
         "MASTER_PORT": str(port),
+        "HLRLHF_JOB": "local",
         "HLRLHF_ATTEMPT": "0",
         "PYTHONUNBUFFERED": "1",
     }
@@ -123,15 +126,14 @@ class _Ranks:
 
     Args:
         log: gets every line that a rank prints.
-        grace: seconds between SIGTERM and SIGKILL.
+        attempt: of which they are.
     """
 
-    def __init__(self, log: BinaryIO, grace: float):
+    def __init__(self, log: BinaryIO, attempt: Attempt):
         self._log = log
-        self._grace = grace
+        self._attempt = attempt
         self._processes: list[subprocess.Popen[bytes]] = []
         self._printed = selectors.DefaultSelector()
-        self._kill_at: float | None = None
 
     def __enter__(self) -> _Ranks:
         return self
@@ -166,34 +168,31 @@ class _Ranks:
                 process.send_signal(number)
 
     def end(self) -> None:
-        """Ask the ranks to end now, and see to it after the grace time."""
-        self.send(signal.SIGTERM)
-        self._kill_at = self._kill_at or time.monotonic() + self._grace
+        """End the ranks now."""
+        self._attempt.say(Outcome(128 + signal.SIGKILL, "ended without waiting for a save"))
+        self.send(signal.SIGKILL)
 
-    def wait(self) -> int:
-        """Pass output on until all ranks have ended; the run's exit code, see `run`."""
-        failed: int | None = None
+    def wait(self) -> None:
+        """Pass output on until all ranks have ended; when one fails, the others are ended."""
         while any(process.poll() is None for process in self._processes):
             self._pass_on(_LOOK)
-            if failed is None and (failed := self._failed()) is not None:
-                self.end()
-            if self._kill_at is not None and time.monotonic() > self._kill_at:
-                self.send(signal.SIGKILL)
+            self._look()
+        self._look()
         while self._pass_on(0):
             pass
-        if failed is None:
-            failed = self._failed()
-        if failed is not None:
-            return failed
-        stopped = any(process.returncode == STOPPED_EARLY for process in self._processes)
-        return STOPPED_EARLY if stopped else 0
 
-    def _failed(self) -> int | None:
-        for process in self._processes:
-            code = process.poll()
-            if code not in (None, 0, STOPPED_EARLY):
-                return code if code > 0 else 128 - code
-        return None
+    def _look(self) -> None:
+        """Speak for ranks that cannot tell of their end any more, and end those left behind."""
+        codes = [process.poll() for process in self._processes]
+        failed = [(code, rank) for rank, code in enumerate(codes) if code not in (None, 0, STOPPED)]
+        if failed:
+            # Signals first: a rank that fails by itself may do so because another one is gone.
+            code, rank = min(failed)
+            words = f"rank {rank} ended with exit code {code}"
+            if code < 0:
+                code, words = 128 - code, f"rank {rank} was ended by {signal.Signals(-code).name}"
+            self._attempt.say(Outcome(code, words))
+            self.send(signal.SIGKILL)
 
     def _pass_on(self, timeout: float) -> bool:
         """Wait at most `timeout` seconds for output and pass on whole lines; whether there was."""

@@ -1,5 +1,7 @@
 """A real Slurm cluster on this machine: two nodes with eight ``hpu`` each, in a folder of its own.
 
+Jobs in the partition ``high`` preempt those in ``low``, which get a minute of grace.
+
 slurmctld, two slurmd, munge and, with accounting, slurmdbd on MariaDB all keep their sockets,
 ports, keys and data to themselves, so that clusters may stand side by side and nothing of the
 machine's own Slurm is touched. The daemons end with the test session, even when it is killed.
@@ -22,6 +24,13 @@ from hlrlhf.runs import Run
 
 COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scancel", "setpriv")
 ACCOUNTING_COMMANDS = ("slurmdbd", "mariadbd", "mariadb-install-db", "sacctmgr", "sacct")
+# For stand-ins of the trainer in bash: the last words of a rank, its exit code and why.
+LEAVE = """
+leave() {
+    (set -C; printf '%s\\n' "$1" "${2:-}" >"logs/$HLRLHF_JOB.$HLRLHF_ATTEMPT.rank") 2>/dev/null
+    exit "$1"
+}
+"""
 SBIN = ("/usr/local/sbin", "/usr/sbin", "/sbin")
 
 
@@ -82,11 +91,13 @@ class Cluster:
             self._start()
         except BaseException:
             self.stop()
+            print(f"the cluster did not start; its daemons' logs are in {self.folder}")
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def run(self, *command: str, check: bool = True) -> str:
         """A Slurm command's standard output."""
@@ -135,7 +146,6 @@ class Cluster:
                 daemon.kill()
                 daemon.wait()
         self._daemons.clear()
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _start(self) -> None:
         self._start_munge()
@@ -147,7 +157,10 @@ class Cluster:
         for node in ("n1", "n2"):
             self._spawn("slurmd", "-D", "-N", node)
         until(
-            lambda: self.run("sinfo", "-h", "-N", "-o", "%T", check=False).split() == ["idle"] * 2,
+            lambda: (
+                self.run("sinfo", "-h", "-N", "-p", "main", "-o", "%T", check=False).split()
+                == ["idle"] * 2
+            ),
             f"two idle nodes; see {self.folder}",
         )
 
@@ -251,7 +264,11 @@ SlurmdLogFile={here}/slurmd-%n.log
 GresTypes=hpu
 NodeName=n1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={n1} CPUs=16 Gres=hpu:8
 NodeName=n2 NodeHostname=localhost NodeAddr=127.0.0.1 Port={n2} CPUs=16 Gres=hpu:8
-PartitionName=main Nodes=n1,n2 Default=YES MaxTime=UNLIMITED State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=n1,n2 Default=YES MaxTime=UNLIMITED State=UP PreemptMode=OFF
+PartitionName=low Nodes=n1,n2 MaxTime=UNLIMITED State=UP GraceTime=60
+PartitionName=high Nodes=n1,n2 MaxTime=UNLIMITED State=UP PriorityTier=2 PreemptMode=OFF
 """
         )
         (here / "gres.conf").write_text("NodeName=n[1-2] Name=hpu Count=8\n")

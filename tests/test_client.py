@@ -199,7 +199,9 @@ def test_times_and_exit_codes(monkeypatch: pytest.MonkeyPatch) -> None:
     local = seconds("2023-11-14T22:13:20")
     assert local is not None
     assert abs(local - 1700000000) <= 14 * 3600
-    assert [exit_code(text) for text in ("3:0", "0:9", "0:0", "", "x")] == [3, 137, 0, None, None]
+    texts = ("3:0", "0:9", "0:0", "0:53", "", "x")
+    assert [exit_code(text)[0] for text in texts] == [3, 137, 0, None, None, None]
+    assert exit_code("0:9")[1] == "ended by SIGKILL"
 
 
 def test_lines_of_squeue() -> None:

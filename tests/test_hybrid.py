@@ -21,6 +21,7 @@ from tiny import one_rank  # noqa: E402, F401
 from torch.utils import cpp_extension  # noqa: E402
 from transformers import Qwen2Config  # noqa: E402
 
+from hlrlhf.runs import Attempt, Run  # noqa: E402
 from hlrlhf.settings.layers import load  # noqa: E402
 from hlrlhf.trainer import engine, hybrid, loop  # noqa: E402
 from hlrlhf.trainer.errors import TrainerError  # noqa: E402
@@ -117,9 +118,10 @@ def test_a_run_stops_before_it_trains_on_wrong_answers(
     monkeypatch.setattr(engine, "trained", trained)
     asking = settings.model_copy(update={"hybrid_engine": True})
     device = tiny.cpu(settings)
+    attempt = Attempt(Run(tmp_path), None, 0)
     if kernel == "right":
-        assert loop.train(asking, tmp_path, device, lambda: False)
+        assert loop.train(asking, attempt, device, lambda: False)
     else:
         with pytest.raises(TrainerError, match="HL_HYBRID_ENGINE=0"):
-            loop.train(asking, tmp_path, device, lambda: False)
+            loop.train(asking, attempt, device, lambda: False)
     assert len(read_lines(tmp_path / "metrics.jsonl")) == steps

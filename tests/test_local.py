@@ -47,17 +47,24 @@ def directory(tmp_path: Path) -> Path:
 
 Start = Callable[..., int]
 
+# What every piece of Python begins with.
+PRELUDE = """
+import os, pathlib, signal, sys, time
+rank = int(os.environ['RANK'])
+def leave(code, why=''):
+    pathlib.Path(f"logs/{os.environ['HLRLHF_JOB']}.0.rank").write_text(f'{code}\\n{why}\\n')
+    sys.exit(code)
+"""
+
 
 @pytest.fixture
 def start(directory: Path) -> Start:
-    """Run a piece of Python as every rank; the exit code."""
+    """Run a piece of Python as every rank, which then leaves with success; the exit code."""
 
-    def run(code: str, *flags: str, grace: float = 30, **environ: str) -> int:
-        program = "import os, signal, sys, time\nrank = int(os.environ['RANK'])\n" + code
-        command = (sys.executable, "-c", program)
-        return local.run(
-            settings(directory.parent, *flags), directory, os.environ | environ, command, grace
-        )
+    def run(code: str, *flags: str, **environ: str) -> int:
+        command = (sys.executable, "-c", f"{PRELUDE}{code}\nleave(0)")
+        resolved = settings(directory.parent, *flags)
+        return local.run(resolved, directory, os.environ | environ, command).code
 
     return run
 
@@ -88,6 +95,7 @@ json.dump(dict(os.environ), open(f'{rank}.json', 'w'))
             "WORLD_SIZE": "2",
             "LOCAL_WORLD_SIZE": "2",
             "MASTER_ADDR": "127.0.0.1",
+            "HLRLHF_JOB": "local",
             "HLRLHF_ATTEMPT": "0",
             "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // 2)),
             "PT_HPU_LAZY_MODE": "1",
@@ -105,39 +113,32 @@ def test_threads_stay_as_the_user_set_them(directory: Path, start: Start) -> Non
 
 def test_a_failing_rank_ends_the_others(directory: Path, start: Start) -> None:
     began = time.monotonic()
-    assert start("if rank: sys.exit(9)\ntime.sleep(60)") == 9
+    assert start("if rank: leave(9, 'broken')\ntime.sleep(60)") == 9
     assert time.monotonic() - began < 30
-    assert (directory / "logs" / "local.0.exit").read_text() == "9\n"
+    assert (directory / "logs" / "local.0.exit").read_text() == "9\nbroken\n"
 
 
-def test_a_rank_that_ignores_the_end_is_killed(start: Start) -> None:
-    program = """
-if rank == 0:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    open('deaf', 'w').close()
-    time.sleep(60)
-while not os.path.exists('deaf'): pass
-sys.exit(3)
-"""
-    began = time.monotonic()
-    assert start(program, grace=0.2) == 3
-    assert time.monotonic() - began < 30
-
-
-def test_a_killed_rank_counts_as_in_a_shell(start: Start) -> None:
+def test_a_killed_rank_counts_as_in_a_shell(directory: Path, start: Start) -> None:
     assert start("if rank: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)") == 137
+    said = (directory / "logs" / "local.0.exit").read_text()
+    assert said == "137\nrank 1 was ended by SIGKILL\n"
+
+
+def test_no_success_without_a_word_from_the_ranks(directory: Path, start: Start) -> None:
+    assert start("sys.exit(0)") == 1
+    assert "without a word" in (directory / "logs" / "local.0.exit").read_text()
 
 
 def test_stopped_early(start: Start) -> None:
-    assert start("sys.exit(75 if rank else 0)") == 75
+    assert start("leave(75)") == 75
 
 
 STOPS = """
-signal.signal(signal.SIGUSR1, lambda *_: (print('stopping', flush=True), sys.exit(75)))
+signal.signal(signal.SIGUSR1, lambda *_: (print('stopping', flush=True), leave(75)))
 print('ready', flush=True)
 time.sleep(60)
 """
-GOES_ON = STOPS.replace("sys.exit(75)", "time.sleep(60)")
+GOES_ON = STOPS.replace("leave(75)", "time.sleep(60)")
 
 
 @pytest.fixture
@@ -146,7 +147,7 @@ def launcher(directory: Path) -> Callable[[str], subprocess.Popen[bytes]]:
 
     def launch(code: str) -> subprocess.Popen[bytes]:
         (directory / "settings.yaml").write_text(dump(settings(directory.parent)))
-        program = "import os, signal, sys, time\n" + code
+        program = PRELUDE + code
         start = f"""
 import os, sys
 from pathlib import Path
@@ -154,7 +155,8 @@ from hlrlhf import local
 from hlrlhf.settings import resolve
 directory = Path({str(directory)!r})
 resolved = resolve(files=[directory / 'settings.yaml'])
-sys.exit(local.run(resolved, directory, os.environ, (sys.executable, '-c', {program!r}), 5))
+outcome = local.run(resolved, directory, os.environ, (sys.executable, '-c', {program!r}))
+sys.exit(outcome.code)
 """
         process = subprocess.Popen([sys.executable, "-c", start], start_new_session=True)
         log = directory / "logs" / "local.0.log"
@@ -184,7 +186,7 @@ def test_a_second_signal_ends_them(
     log = directory / "logs" / "local.0.log"
     until(lambda: log.read_text().count("stopping") == 2, "the ranks' own end")
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=30) == 128 + signal.SIGTERM
+    assert process.wait(timeout=30) == 128 + signal.SIGKILL
 
 
 def test_the_lock_says_that_the_launcher_lives(directory: Path, start: Start) -> None:

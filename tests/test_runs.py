@@ -243,6 +243,6 @@ def test_attempts_and_logs_are_in_the_order_of_time(tmp_path: Path) -> None:
     run = runs.create(tmp_path, "run")
     for name in ("42.10.log", "42.2.log", "42.2.exit", "42.batch.log", "421.0.log", "42.x.log"):
         (run.logs / name).write_text("75\n")
-    assert runs.attempts(run, SLURM) == {2: 75, 10: None}
+    assert runs.attempts(run, SLURM) == {2: runs.Outcome(75), 10: None}
     names = [path.name for path in runs.log_files(run, SLURM)]
     assert names == ["42.2.log", "42.10.log", "42.batch.log"]

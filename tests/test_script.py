@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -14,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, until
+from cluster import LEAVE, Cluster, until
 from hypothesis import HealthCheck, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -126,7 +128,7 @@ def test_golden_folder_holds_nothing_else() -> None:
 def task_of(text: str) -> str:
     """The part that is in single quotes, where shellcheck does not look."""
     start = text.index("\ntask='\n") + len("\ntask='\n")
-    return text[start : text.index('\nexec "$@"\'\n', start)] + '\nexec "$@"\n'
+    return text[start : text.index("'\n", start)] + "\n"
 
 
 def check_shell(text: str) -> None:
@@ -322,6 +324,8 @@ def run_script(stand_ins: Path, tmp_path_factory: pytest.TempPathFactory) -> Run
         (directory / "logs").mkdir(parents=True, exist_ok=True)
         calls = tmp_path_factory.mktemp("calls") / "calls"
         calls.touch()
+        file = calls.with_name("job.sbatch")
+        file.write_text(text, encoding="utf-8")
         slurm = {
             "SLURM_JOB_ID": "7",
             "SLURM_JOB_NODELIST": "n[1-2]",
@@ -331,8 +335,7 @@ def run_script(stand_ins: Path, tmp_path_factory: pytest.TempPathFactory) -> Run
         }
         path = f"{stand_ins}:{os.environ['PATH']}"
         done = subprocess.run(
-            ["bash"],
-            input=text,
+            ["bash", str(file)],
             cwd=calls.parent,
             env={"PATH": path, "CALLS": str(calls), **slurm, **environ},
             capture_output=True,
@@ -352,7 +355,7 @@ def recorder(folder: Path, body: str = "") -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(
         '#!/bin/bash\nprintf "%s\\0" python "$@" >>"$CALLS"\n'
-        f'export -p >"$CALLS.environ"; env -0 >"$CALLS.env"\n{body}\n'
+        f'export -p >"$CALLS.environ"; env -0 >"$CALLS.env"\n{LEAVE}{body}\nleave 0\n'
     )
     file.chmod(0o755)
     return file
@@ -429,7 +432,10 @@ def test_containers_get_every_value_as_it_is(
     }
     text_of_script = render(flags, directory, environ=paths)
     done, words = run_script(text_of_script, directory, NCCL_DEBUG="INFO", OTHER="x")
-    assert done.returncode == 0, done.stderr
+    # The stand-ins for containers start nothing.
+    words_of_end = "" if container == "pyxis" else "without a word from the ranks"
+    assert words_of_end in done.stderr
+    assert done.returncode == bool(words_of_end), done.stderr
     trainer = ["-m", "hlrlhf.trainer", str(directory)]
     if container == "pyxis":
         mounts = next(word for word in words if word.startswith("--container-mounts="))
@@ -577,10 +583,70 @@ def test_setup_lines_run_first_and_verbatim(run_script: Run, tmp_path: Path) -> 
 
 
 def test_exit_code_is_kept(run_script: Run, tmp_path: Path) -> None:
-    text = render([f"environment.python={recorder(tmp_path, 'exit 75')}"], tmp_path)
+    text = render([f"environment.python={recorder(tmp_path, 'leave 75 warned')}"], tmp_path)
     done, _ = run_script(text, tmp_path)
     assert done.returncode == 75
-    assert (tmp_path / "logs" / "7.0.exit").read_text() == "75\n"
+    assert (tmp_path / "logs" / "7.0.exit").read_text() == "75\nwarned\n"
+
+
+@pytest.mark.parametrize(
+    ("setup", "named"),
+    [
+        (["module() { return 3; }", "module load gaudi"], "code 3: module load gaudi"),
+        (["true", "cd /nowhere/at/all"], "code 1: cd /nowhere/at/all"),
+        (["exit 0"], "environment.setup ended the job"),
+    ],
+    ids=["a command", "a builtin", "an exit"],
+)
+def test_a_failing_setup_line_stops_the_job_and_is_named(
+    run_script: Run, tmp_path: Path, setup: list[str], named: str
+) -> None:
+    done, words = run_script(render([f"environment.setup={setup!r}"], tmp_path), tmp_path)
+    assert done.returncode == 1
+    assert named in done.stderr
+    assert "srun" not in words
+    said = (tmp_path / "logs" / "7.0.exit").read_text().splitlines()
+    assert said[0] == "1"
+    assert named in said[1]
+
+
+def test_what_may_fail_in_setup(run_script: Run, tmp_path: Path) -> None:
+    """Inside of what a line runs or reads, in a condition, and where the line says so."""
+    script = tmp_path / "activate"
+    script.write_text("false\nexport ACTIVE=yes\n")
+    setup = [
+        f"source '{script}'",
+        "f() { false; true; }",
+        "f",
+        "if false; then",
+        "    exit 9",
+        "fi",
+        "false || true",
+    ]
+    lines = "[" + ", ".join(json.dumps(line) for line in setup) + "]"
+    found, _ = ranks_environment(run_script, tmp_path, [f"environment.setup={lines}"])
+    assert found["ACTIVE"] == "yes"
+
+
+def test_no_success_without_a_word_from_the_ranks(run_script: Run, tmp_path: Path) -> None:
+    """As after the loss of a node, when srun ends with 0."""
+    python = recorder(tmp_path, "exit 0")
+    done, _ = run_script(render([f"environment.python={python}"], tmp_path), tmp_path)
+    assert done.returncode == 1
+    assert "without a word" in done.stderr
+    code, why = (tmp_path / "logs" / "7.0.exit").read_text().splitlines()
+    assert code == "1"
+    assert "without a word" in why
+
+
+def test_a_rank_that_a_signal_ended(run_script: Run, tmp_path: Path) -> None:
+    python = recorder(tmp_path, "kill -KILL $$")
+    done, _ = run_script(render([f"environment.python={python}"], tmp_path), tmp_path)
+    assert done.returncode == 128 + signal.SIGKILL
+    code, why = (tmp_path / "logs" / "7.0.exit").read_text().splitlines()
+    assert code == "137"
+    assert re.match(r"rank 3 on \S+ was ended by SIGKILL", why)
+    assert f"error: {why}" in (tmp_path / "logs" / "7.0.log").read_text()
 
 
 def test_no_first_node_is_an_error(run_script: Run, stand_ins: Path, tmp_path: Path) -> None:
@@ -594,7 +660,7 @@ def test_no_first_node_is_an_error(run_script: Run, stand_ins: Path, tmp_path: P
     assert done.returncode == 1
     assert "HL_MASTER_ADDR" in done.stderr
     assert "srun" not in words
-    assert (tmp_path / "logs" / "7.0.exit").read_text() == "1\n"
+    assert (tmp_path / "logs" / "7.0.exit").read_text().startswith("1\nSlurm names no first node")
 
 
 def test_a_directory_with_a_backslash_is_refused() -> None:

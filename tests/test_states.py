@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +13,7 @@ import pytest
 from cluster import Cluster, job_id, until
 
 from hlrlhf import runs
-from hlrlhf.runs import Job, Run
+from hlrlhf.runs import Job, Outcome, Run
 from hlrlhf.slurm import states
 from hlrlhf.slurm.answers import UNKNOWN, State
 from hlrlhf.slurm.client import SlurmError
@@ -68,7 +69,7 @@ def test_every_kind_of_job_in_one_look(on_slurm: Cluster, submit: Submit) -> Non
         ("COMPLETED", True, 0, 0),
         ("FAILED", True, 3, 0),
         ("FAILED", True, 128 + 11, 0),
-        ("CANCELLED", True, 0, 0),
+        ("CANCELLED", True, None, 0),
         ("RUNNING", False, None, 1),
         ("PENDING", False, None, 1),
         (UNKNOWN, False, None, 0),
@@ -104,7 +105,9 @@ def test_an_id_that_slurm_used_before_is_another_job(on_slurm: Cluster, submit: 
     assert job is not None
     # As if ours had been submitted two hours after the job that Slurm knows by this id.
     run.record(replace(job, submitted=job.submitted + 7200))
-    assert look([run])[0].state == UNKNOWN
+    (state,) = look([run])
+    assert state.state == UNKNOWN
+    assert re.search(r"submitted 7\d\d\d s before .* clock .* was ahead", state.reason)
 
 
 @pytest.mark.slurm
@@ -201,10 +204,15 @@ def test_runs_on_this_machine(tmp_path: Path) -> None:
     run = runs.create(tmp_path, "run")
     run.record(Job("local", "1", None, 0))
     assert look([run])[0].reason == "the launcher was killed"
-    (run.logs / "local.0.exit").write_text("75\n")
-    assert (look([run])[0].state, look([run])[0].exit_code) == ("FAILED", 75)
-    (run.logs / "local.0.exit").write_text("0\n")
-    assert look([run])[0].state == "COMPLETED"
+    for said, state, code, why in [
+        ("75\nwarned\n", "STOPPED_EARLY", 75, "warned"),
+        ("1\nno such model\n", "FAILED", 1, "no such model"),
+        ("0\n", "COMPLETED", 0, ""),
+    ]:
+        (run.logs / "local.0.exit").write_text(said)
+        (seen,) = look([run])
+        assert (seen.state, seen.exit_code, seen.reason) == (state, code, why)
+        assert seen.ended
 
 
 def test_a_record_that_was_tampered_with_hides_no_other_run(tmp_path: Path) -> None:
@@ -215,9 +223,63 @@ def test_a_record_that_was_tampered_with_hides_no_other_run(tmp_path: Path) -> N
     assert "job.json" in seen[0].reason
 
 
+@pytest.mark.slurm
+def test_a_script_that_its_node_cannot_start(on_slurm: Cluster, submit: Submit) -> None:
+    """As when the folder of the runs is not on the node: Slurm says 0:53."""
+    run = submit("true", "--output=/nowhere/at/all/log")
+    on_slurm.wait(job_id(run), "FAILED")
+    until(lambda: look([run])[0].finished, "accounting")
+    (state,) = look([run])
+    assert (state.state, state.exit_code) == ("FAILED", None)
+    assert "HL_BASE_OUT_PATH" in state.reason
+
+
+@pytest.mark.slurm
+def test_what_the_run_says_of_its_end_beside_what_slurm_says(
+    on_slurm: Cluster, submit: Submit
+) -> None:
+    say = "printf '%s\\n' {code} words >logs/$SLURM_JOB_ID.0.exit; {end}"
+    stopped = submit(say.format(code=75, end="exit 75"))
+    failed = submit(say.format(code=1, end="exit 1"))
+    cancelled = submit(say.format(code=75, end="sleep 600"))
+    on_slurm.wait(job_id(cancelled), "RUNNING")
+    until(lambda: runs.attempts(cancelled, cancelled.job()), "its words")  # type: ignore[arg-type]
+    on_slurm.run("scancel", job_id(cancelled))
+    for run in (stopped, failed, cancelled):
+        on_slurm.wait(job_id(run), "FAILED", "CANCELLED")
+    until(lambda: all(state.finished for state in look([stopped, failed, cancelled])), "accounting")
+    seen = look([stopped, failed, cancelled])
+    assert [(state.state, state.exit_code) for state in seen] == [
+        ("STOPPED_EARLY", 75),
+        ("FAILED", 1),
+        ("CANCELLED", 75),
+    ]
+    assert [state.reason for state in seen[:2]] == ["words", "words"]
+    assert seen[2].reason.endswith("; words")
+
+
+@pytest.mark.slurm
+def test_more_jobs_than_fit_into_a_command(
+    on_slurm: Cluster, submit: Submit, tmp_path: Path
+) -> None:
+    run = submit("exit 3")
+    on_slurm.wait(job_id(run), "FAILED")
+    until(lambda: look([run])[0].finished, "accounting")
+    others = []
+    for number in range(20_000):
+        other = Run(tmp_path / f"{number}")
+        other.directory.mkdir()
+        other.record(Job("slurm", f"{10_000_000 + number}", None, 0))
+        others.append(other)
+    seen = look([*others, run])
+    assert {state.state for state in seen[:-1]} == {UNKNOWN}
+    assert (seen[-1].state, seen[-1].exit_code) == ("FAILED", 3)
+
+
 FAILED = State("FAILED", exit_code=3, submitted=10)
 RUNNING = State("RUNNING", submitted=10)
 REQUEUED = State("REQUEUED", submitted=5)
+GOOD, EARLY, BAD = Outcome(0), Outcome(75), Outcome(3)
 
 
 @pytest.mark.parametrize(
@@ -226,18 +288,32 @@ REQUEUED = State("REQUEUED", submitted=5)
         pytest.param(RUNNING, [FAILED], {}, "RUNNING", None, 0, id="the queue knows best"),
         pytest.param(None, [FAILED], {}, "FAILED", 3, 0, id="accounting after the queue"),
         pytest.param(None, [REQUEUED, FAILED], {}, "FAILED", 3, 1, id="a restart"),
-        pytest.param(replace(FAILED, exit_code=None), [RUNNING], {0: 3}, "FAILED", 3, 0, id="lag"),
-        pytest.param(None, [RUNNING], {0: 0}, "COMPLETED", 0, 0, id="a runaway job that wrote 0"),
+        pytest.param(
+            replace(FAILED, exit_code=None), [RUNNING], {0: BAD}, "FAILED", 3, 0, id="lag"
+        ),
+        pytest.param(
+            None, [RUNNING], {0: GOOD}, "COMPLETED", 0, 0, id="a runaway job that wrote 0"
+        ),
         pytest.param(None, [RUNNING], {}, UNKNOWN, None, 0, id="a runaway job"),
-        pytest.param(None, [], {0: 75, 1: 0}, "COMPLETED", 0, 1, id="exit codes of two attempts"),
-        pytest.param(None, [], {0: 75, 1: None}, UNKNOWN, None, 1, id="no exit code of the last"),
+        pytest.param(
+            None,
+            [],
+            {0: EARLY, 1: GOOD},
+            "COMPLETED",
+            0,
+            1,
+            id="exit codes of two attempts",
+        ),
+        pytest.param(
+            None, [], {0: EARLY, 1: None}, UNKNOWN, None, 1, id="no exit code of the last"
+        ),
         pytest.param(None, [], {}, UNKNOWN, None, 0, id="nothing"),
     ],
 )
 def test_merging(
     queued: State | None,
     recorded: list[State],
-    traces: dict[int, int | None],
+    traces: dict[int, Outcome | None],
     state: str,
     code: int | None,
     restarts: int,

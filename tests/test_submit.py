@@ -10,18 +10,18 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, until
+from cluster import LEAVE, Cluster, until
 
 from hlrlhf import runs
 from hlrlhf.settings.layers import load
+from hlrlhf.slurm.states import look
 
 # What stands in for the trainer: the ranks are whatever `environment.python` runs.
-RANK = """#!/bin/bash
-echo "rank $RANK of $WORLD_SIZE, attempt $HLRLHF_ATTEMPT, $3"
-"""
+RANK = 'echo "rank $RANK of $WORLD_SIZE, attempt $HLRLHF_ATTEMPT, $3"'
 
 
 @pytest.fixture
@@ -41,8 +41,9 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def rank(folder: Path, body: str = RANK) -> Path:
+    """A command that does what `body` says, in bash, and leaves."""
     file = folder / "rank"
-    file.write_text(body)
+    file.write_text(f"#!/bin/bash\n{LEAVE}\n{body}\nleave 0\n")
     file.chmod(0o755)
     return file
 
@@ -128,42 +129,43 @@ def test_submitting_twice_makes_two_runs(on_slurm: Cluster, settings: Path) -> N
 
 
 @pytest.mark.slurm
-@pytest.mark.parametrize("code", [1, 9, 75])
-def test_wait_ends_with_the_jobs_exit_code(
-    on_slurm: Cluster, settings: Path, tmp_path: Path, code: int
+@pytest.mark.parametrize(
+    ("end", "code", "state"),
+    [
+        ("exit 3", 3, "FAILED (rank 1 on"),
+        ("leave 1 'no such model'", 1, "FAILED (no such model)"),
+        ("leave 75 warned", 75, "STOPPED_EARLY (warned)"),
+        ("kill -KILL $$", 137, "FAILED (rank 1 on"),
+        ("exit 0", 1, "FAILED (it ended without a word"),
+    ],
+    ids=["a code", "an error", "a stop", "a signal", "no word"],
+)
+def test_wait_ends_with_the_code_of_the_first_rank_that_ended_badly(
+    on_slurm: Cluster, settings: Path, tmp_path: Path, end: str, code: int, state: str
 ) -> None:
-    rank(tmp_path, f"#!/bin/bash\nexit {code}\n")
+    """Whatever srun says, which ends the others and tells the highest code of all."""
+    others = "exit 0" if end in ("leave 75 warned", "exit 0") else "exec sleep 1000"
+    rank(tmp_path, f"((RANK == 1)) || {others}\n{end}")
     done = submit("--wait")
     assert done.returncode == code, done.stderr
-    assert "FAILED" in done.stderr
+    assert state in done.stderr
 
 
 @pytest.mark.slurm
-def test_a_failing_rank_ends_the_others(on_slurm: Cluster, settings: Path, tmp_path: Path) -> None:
-    rank(tmp_path, "#!/bin/bash\n((RANK == 1)) && exit 9\nexec sleep 100\n")
-    began = time.monotonic()
-    # srun's own code is the highest of its tasks', those that it ended included.
-    assert submit("--wait").returncode in (9, 15, 128 + 15)
-    assert time.monotonic() - began < 60
-
-
-@pytest.mark.slurm
-@pytest.mark.parametrize(("last", "code"), [(0, 75), (1, 1)], ids=["a stop", "a failure"])
-def test_the_code_that_a_rank_left_is_the_jobs(
-    on_slurm: Cluster, settings: Path, tmp_path: Path, last: int, code: int
+@pytest.mark.parametrize("code", [75, 1], ids=["a stop", "a failure"])
+def test_only_a_failure_ends_the_ranks_that_leave_later(
+    on_slurm: Cluster, settings: Path, tmp_path: Path, code: int
 ) -> None:
-    """Whatever srun says of the ranks that it ends, or that leave later."""
-    leave = f'if ((RANK == 0)); then echo {code} >"$HLRLHF_EXIT_FILE"; exit {last}; fi'
-    rank(tmp_path, f"#!/bin/bash\n{leave}\nsleep 1\necho rank $RANK left\n")
+    rank(tmp_path, f"((RANK == 0)) && leave {code} words\nsleep 1\necho rank $RANK left")
 
     assert submit("--wait").returncode == code
 
     (run,) = runs.every()
     job = run.job()
     assert job is not None
-    assert runs.attempts(run, job) == {0: code}
+    assert runs.attempts(run, job) == {0: runs.Outcome(code, "words")}
     left = "rank 1 left" in (run.logs / f"{job.id}.0.log").read_text()
-    assert left == (code == 75), "only a failure ends the other ranks"
+    assert left == (code == 75)
 
 
 def test_a_job_that_may_be_queued_keeps_its_directory(settings: Path, tmp_path: Path) -> None:
@@ -227,15 +229,7 @@ def test_a_warning_reaches_every_rank(
     """Slurm warns the batch shell; the ranks' own exit code is the job's."""
     rank(
         tmp_path,
-        f"""#!{sys.executable}
-import os, signal, sys, time
-def stop(*_):
-    print("{words}", flush=True)
-    sys.exit(75)
-signal.signal(signal.SIG{number}, stop)
-print("ready", flush=True)
-time.sleep(100)
-""",
+        f"trap 'echo {words} $RANK; leave 75' {number}\necho ready\nsleep 100 & wait",
     )
     job = submit("--set", "num_nodes=2", "--set", "slurm.signal_lead=60").stdout.strip()
     logs = settings / "try" / "logs"
@@ -244,13 +238,15 @@ time.sleep(100)
     on_slurm.run("scancel", "--batch", f"--signal={number}", job)
     until((logs / f"{job}.0.exit").exists, "the end of the job")
     assert (logs / f"{job}.0.exit").read_text() == "75\n"
-    assert log.read_text().count(words) == 4
+    assert "scancel: error" not in (logs / f"{job}.batch.log").read_text()
+    # Where Slurm signals all processes of a task, a rank hears it twice.
+    assert {f"{words} {number}" for number in range(4)} < set(log.read_text().splitlines())
 
 
 @pytest.mark.slurm
 def test_a_requeued_job_logs_apart(on_slurm: Cluster, settings: Path, tmp_path: Path) -> None:
     go = tmp_path / "go"
-    rank(tmp_path, f'{RANK}[ -e "{go}" ] || exec sleep 100\n')
+    rank(tmp_path, f'{RANK}\n[ -e "{go}" ] || exec sleep 100')
     job = submit("--set", "slurm.requeue=true").stdout.strip()
     logs = settings / "try" / "logs"
     first, second = (logs / f"{job}.{attempt}.log" for attempt in (0, 1))
@@ -271,12 +267,69 @@ def test_a_requeued_job_logs_apart(on_slurm: Cluster, settings: Path, tmp_path: 
     assert second.read_text().count("attempt 1") == 2
 
 
+@pytest.mark.slurm
+@pytest.mark.parametrize("requeue", [True, False], ids=["may be requeued", "may not"])
+def test_a_preempted_job_stops_within_its_grace(
+    on_slurm: Cluster, settings: Path, tmp_path: Path, requeue: bool
+) -> None:
+    """Slurm asks the ranks alone, by SIGTERM, and would requeue the job at the end of the grace."""
+    rank(
+        tmp_path,
+        "((HLRLHF_ATTEMPT)) && leave 0\ntrap 'leave 75 saved' TERM\necho ready\nsleep 100 & wait",
+    )
+    flags = ("slurm.partition=low", "slurm.exclusive=true", f"slurm.requeue={requeue}")
+    job = submit(*(f"--set={flag}" for flag in flags)).stdout.strip()
+    log = settings / "try" / "logs" / f"{job}.0.log"
+    until(lambda: log.exists() and log.read_text().count("ready") == 2, "the ranks")
+    on_slurm.run("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--wrap=true")
+    said = log.with_suffix(".exit")
+    until(said.exists, "the end of the attempt")
+    assert said.read_text() == "75\nsaved\n"
+    if requeue:
+        on_slurm.start_now(job)
+        assert on_slurm.wait(job, "COMPLETED", "FAILED") == "COMPLETED"
+    else:
+        on_slurm.wait(job, "FAILED")
+        until(lambda: look([runs.find("try")])[0].finished, "accounting")
+        (state,) = look([runs.find("try")])
+        assert (state.state, state.exit_code, state.reason) == ("STOPPED_EARLY", 75, "saved")
+
+
+@pytest.mark.slurm
+def test_a_lost_node_is_no_success(on_slurm: Cluster, settings: Path, tmp_path: Path) -> None:
+    """srun then ends with 0, and the batch script did."""
+    rank(tmp_path, "trap '' TERM\necho ready\nsleep 100 & wait")
+    flags = ("num_nodes=2", "devices_per_node=1")
+    job = submit(*(f"--set={flag}" for flag in flags)).stdout.strip()
+    log = settings / "try" / "logs" / f"{job}.0.log"
+    until(lambda: log.exists() and log.read_text().count("ready") == 2, "the ranks")
+    try:
+        on_slurm.run("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=broken")
+        on_slurm.wait(job, "NODE_FAIL")
+    finally:
+        # The node, which lives, may have come back by itself.
+        on_slurm.run("scontrol", "update", "NodeName=n2", "State=RESUME", check=False)
+    run = runs.find("try")
+    until(log.with_suffix(".exit").exists, "the end of the script")
+    until(lambda: look([run])[0].finished, "accounting")
+    (state,) = look([run])
+    assert (state.state, state.exit_code) == ("NODE_FAIL", 1)
+    # And where Slurm has forgotten the job.
+    run.record(replace(run.job(), submitted=int(time.time()) + 3600))  # type: ignore[type-var]
+    (state,) = look([run])
+    assert (state.state, state.exit_code) == ("FAILED", 1)
+    assert "without a word from the ranks" in state.reason
+
+
 # --- without Slurm
 
 
 TRAINER = """
-import os, signal, sys, time
+import os, pathlib, signal, sys, time
 print("rank", os.environ["RANK"], flush=True)
+def leave(code, why):
+    pathlib.Path("logs/local.0.rank").write_text(f"{code}\\n{why}\\n")
+    os._exit(code)
 """
 
 
@@ -295,7 +348,7 @@ def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     main = package / "trainer" / "__main__.py"
     main.parent.mkdir()
     (main.parent / "__init__.py").touch()
-    main.write_text(TRAINER)
+    main.write_text(TRAINER + "leave(0, '')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
     monkeypatch.setenv("HL_DEVICE", "cpu")
     return main
@@ -313,14 +366,14 @@ def test_local(settings: Path, trainer: Path) -> None:
     assert f"everything is in {run.directory}" in done.stderr
     job = run.job()
     assert job is not None
-    assert runs.attempts(run, job) == {0: 0}
+    assert runs.attempts(run, job) == {0: runs.Outcome(0)}
 
 
 def test_local_failure(settings: Path, trainer: Path) -> None:
-    trainer.write_text(TRAINER + "sys.exit(5)")
+    trainer.write_text(TRAINER + "leave(5, 'no such model')")
     done = submit("--local")
     assert done.returncode == 5
-    assert "failed with exit code 5" in done.stderr
+    assert "failed with exit code 5: no such model" in done.stderr
 
 
 def test_local_with_a_taken_port_leaves_nothing(settings: Path, trainer: Path) -> None:
@@ -341,7 +394,7 @@ def test_local_on_two_nodes(settings: Path, trainer: Path) -> None:
 
 def test_a_run_here_is_known_and_stopped(settings: Path, trainer: Path) -> None:
     trainer.write_text(
-        TRAINER + "signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))\n"
+        TRAINER + "signal.signal(signal.SIGUSR1, lambda *_: leave(75, 'warned'))\n"
         "print('ready', flush=True)\ntime.sleep(100)\n"
     )
     process = subprocess.Popen(

@@ -34,7 +34,10 @@ from transformers import (  # noqa: E402
     GenerationConfig,
 )
 
+from hlrlhf import local, runs  # noqa: E402
 from hlrlhf.ports import rendezvous_port  # noqa: E402
+from hlrlhf.runs import Attempt  # noqa: E402
+from hlrlhf.settings import layers  # noqa: E402
 from hlrlhf.trainer.loading import load_scorer, saved_as  # noqa: E402
 
 # AdamW divides by a gradient's own size, so that a rounding of one near zero moves its weight by
@@ -536,25 +539,89 @@ def test_a_second_attempt_adds_to_what_the_first_wrote(demo_models: Path, tmp_pa
     assert [*(shared / "boards" / tmp_path.name).iterdir()]
 
 
-@pytest.mark.parametrize("with_file", [False, True], ids=["", "with a file for the code"])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_warning_to_one_rank_stops_all_after_the_step_in_hand(
-    demo_models: Path, tmp_path: Path, with_file: bool
+    demo_models: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     prepare(tmp_path, demo_models, devices_per_node=2, mbs=2, run_steps=32)
-    environ = {"HLRLHF_EXIT_FILE": str(tmp_path / "code")} if with_file else {}
-    with running(tmp_path, ranks=2, **environ) as processes:
+    with running(tmp_path, ranks=2, HLRLHF_JOB="7") as processes:
         metrics = tmp_path / "metrics.jsonl"
         wait_for(lambda: metrics.exists() and metrics.read_text(), processes)
-        os.kill(processes[1].pid, signal.SIGUSR1)
+        os.kill(processes[1].pid, number)
         run = finish(tmp_path, processes)
-    assert run.codes == ([0, 0] if with_file else [75, 75]), run.output
-    assert (tmp_path / "code").exists() == with_file
-    if with_file:
-        assert (tmp_path / "code").read_text() == "75\n"
+    assert run.codes == [75, 75], run.output
+    code, why = (tmp_path / "logs" / "7.0.rank").read_text().splitlines()
+    assert code == "75"
+    assert why.startswith("stopped early by")
     last = len(run.metrics)
     assert 1 <= last < 32
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"step-{last}"]
     AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoints" / f"step-{last}" / "actor")
+
+
+def test_an_attempt_ends_where_a_newer_one_has_begun(demo_models: Path, tmp_path: Path) -> None:
+    """As when Slurm took a node for dead, whose ranks live on."""
+    prepare(tmp_path, demo_models, run_steps=32)
+    with running(tmp_path, HLRLHF_JOB="7") as processes:
+        metrics = tmp_path / "metrics.jsonl"
+        wait_for(lambda: metrics.exists() and metrics.read_text(), processes)
+        Attempt(runs.Run(tmp_path), "7", 1).begin()
+        written = metrics.read_bytes()
+        run = finish(tmp_path, processes)
+    assert run.codes == [1]
+    assert "a newer attempt at this run has begun (7, attempt 1)" in run.output[0]
+    # But for a step whose line was being written just then.
+    assert metrics.read_bytes().count(b"\n") <= written.count(b"\n") + 1
+    assert not [*(tmp_path / "checkpoints").glob("*")]
+
+
+def test_a_run_directory_belongs_to_one_job(demo_models: Path, tmp_path: Path) -> None:
+    """Its script submitted again by hand, or as an array."""
+    prepare(tmp_path, demo_models)
+    runs.Run(tmp_path).record(runs.Job("slurm", "7", None, 0))
+    run = train(tmp_path, HLRLHF_JOB="8")
+    assert run.codes == [1]
+    assert "is the run of job 7, and this is job 8" in run.output[0]
+    assert "hlrlhf submit --config" in run.output[0]
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_success_is_said_by_the_ranks(demo_models: Path, tmp_path: Path) -> None:
+    prepare(tmp_path, demo_models, devices_per_node=2, mbs=2, run_steps=1)
+    assert train(tmp_path, ranks=2, HLRLHF_JOB="7").codes == [0, 0]
+    assert (tmp_path / "logs" / "7.0.rank").read_text() == "0\n"
+
+
+@pytest.mark.parametrize(
+    ("act", "code", "why"),
+    [
+        ("os.kill(os.getpid(), 9)", 137, "rank 1 was ended by SIGKILL"),
+        ("sys.exit(0)", 1, "SystemExit: 0"),
+        ("os._exit(0)", 1, "RuntimeError: "),
+    ],
+    ids=["killed", "exited", "gone"],
+)
+def test_a_rank_that_ends_in_the_middle_is_a_failure_by_its_own_name(
+    demo_models: Path, tmp_path: Path, act: str, code: int, why: str
+) -> None:
+    """Not by that of the other rank, which fails too, for want of it."""
+    (tmp_path / "broken.py").write_text(
+        "import os, sys\n"
+        "def score(prompts, answers):\n"
+        f"    if os.environ['RANK'] == '1': {act}\n"
+        "    return [0.0 for _ in answers]\n"
+    )
+    reward = {"reward__function": "broken:score", "reward__model_weight": 0}
+    prepare(tmp_path, demo_models, devices_per_node=2, mbs=2, run_steps=2, **reward)
+    (tmp_path / "logs").mkdir()
+    runs.Run(tmp_path).record(runs.Job("local", str(os.getpid()), None, 0))
+    resolved = layers.resolve(files=[tmp_path / "settings.yaml"])
+
+    outcome = local.run(resolved, tmp_path, os.environ | {"PYTHONPATH": str(tmp_path)})
+
+    assert outcome.code == code
+    assert outcome.why.startswith(why)
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def wait_for(condition: Callable[[], Any], processes: list[Any]) -> None:

@@ -1,47 +1,49 @@
 """One rank: ``python -m hlrlhf.trainer RUN_DIRECTORY``.
 
 RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT say which one, as torchrun sets them.
-Exits with 0 when the run is complete, with 75 when it stopped after a warning (SIGUSR1) with its
-models saved, and with 1 when it failed. Where HLRLHF_EXIT_FILE names a file, the first rank with
-such a code leaves it there, and a stop exits with 0: a launcher that ends all ranks when one exits
-with another code would end those that are still about to leave.
+Exits with 0 when the run is complete, with 75 when it stopped after a warning (SIGUSR1, or SIGTERM
+from a scheduler that gives it time) with its models saved, and with 1 when it failed. Ranks that
+belong to a job (HLRLHF_JOB, HLRLHF_ATTEMPT) also leave this in the run directory, see
+`hlrlhf.runs.Attempt`: whoever started them may see no more of their end than that they are gone.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import sys
+import time
 import traceback
 import warnings
 from pathlib import Path
 from typing import NoReturn
 
+from hlrlhf.runs import STOPPED, Attempt, Outcome, Run, RunError, SupersededError
 from hlrlhf.settings import SettingsError
+from hlrlhf.settings.errors import printable
 from hlrlhf.settings.layers import load
 from hlrlhf.trainer.errors import TrainerError
 
-# Known to batch systems as "temporary failure, try again" (EX_TEMPFAIL of sysexits.h).
-STOPPED_EARLY = 75
+# How long the end of another rank may take to be known, in seconds.
+_WORD = 2.0
 
 
-def main(arguments: list[str]) -> int:
-    """Run one rank; returns the exit code.
+def main(attempt: Attempt) -> Outcome:
+    """Run one rank to its end.
 
     Args:
-        arguments: the run directory.
+        attempt: with the run's directory.
 
     Raises:
         TrainerError: the run cannot go on.
         SettingsError: its settings.yaml cannot be used.
+        RunError: its directory belongs to another job.
+        SupersededError: a newer attempt has begun.
     """
-    if len(arguments) != 1:
-        raise TrainerError("usage: python -m hlrlhf.trainer RUN_DIRECTORY")
     received: list[int] = []
-    signal.signal(signal.SIGUSR1, lambda number, _: received.append(number))
-    run = Path(arguments[0]).absolute()
-    settings = load(run / "settings.yaml")
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, lambda number, _: received.append(number))
+    settings = load(attempt.run.settings_file)
     try:
         local_rank, world_size = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
     except KeyError as error:
@@ -54,6 +56,9 @@ def main(arguments: list[str]) -> int:
             f"WORLD_SIZE = {world_size}, but the run has num_nodes x devices_per_node = "
             f"{settings.world_size} ranks"
         )
+    attempt.check_job()
+    if os.environ.get("RANK") == "0":
+        attempt.begin()
     # Here rather than above: imports take seconds, in which a warning must find its handler.
     from hlrlhf.trainer import device as devices
 
@@ -63,8 +68,10 @@ def main(arguments: list[str]) -> int:
     from hlrlhf.trainer import engine, loop
 
     engine.start(device)
-    complete = loop.train(settings, run, device, lambda: bool(received))
-    return 0 if complete else STOPPED_EARLY
+    if loop.train(settings, attempt, device, lambda: bool(received)):
+        return Outcome(0)
+    by = signal.Signals(received[0]).name if received else "a signal to another rank"
+    return Outcome(STOPPED, f"stopped early by {by}, its models are saved")
 
 
 def _quieten() -> None:
@@ -78,25 +85,39 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
-def _leave(code: int) -> NoReturn:
-    file = os.environ.get("HLRLHF_EXIT_FILE")
-    if file and code:
-        with contextlib.suppress(OSError), Path(file).open("x", encoding="ascii") as first:
-            first.write(f"{code}\n")
+def _failure(error: BaseException) -> Outcome:
+    """Say what ended this rank."""
+    told = (TrainerError, SettingsError, RunError, SupersededError)
+    if isinstance(error, told):
+        words = str(error)
+    else:
+        traceback.print_exception(error)
+        words = f"{type(error).__name__}: {error}"
+        # It may be no more than what the end of another rank looks like from here: let that one's
+        # word be the first.
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            time.sleep(_WORD)
+    print(f"error: {words}", file=sys.stderr, flush=True)
+    return Outcome(1, printable(" ".join(words.split())))
+
+
+def _leave(attempt: Attempt, outcome: Outcome) -> NoReturn:
+    # Complete is what all are together, and failed what one is: rank 0 speaks for a good end.
+    if outcome.code or os.environ.get("RANK") == "0":
+        attempt.say(outcome)
     sys.stdout.flush()
     sys.stderr.flush()
     # Not sys.exit: with peers that wait in a collective, the communication library's own clean-up
     # can keep a failed rank alive, and the job with it.
-    os._exit(0 if file and code == STOPPED_EARLY else code)
+    os._exit(outcome.code)
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m hlrlhf.trainer RUN_DIRECTORY")
+    this = Attempt.of(Run(Path(sys.argv[1]).absolute()), os.environ)
     try:
-        outcome = main(sys.argv[1:])
-    except (TrainerError, SettingsError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        outcome = 1
-    except Exception:
-        traceback.print_exc()
-        outcome = 1
-    _leave(outcome)
+        outcome = main(this)
+    except BaseException as error:  # sys.exit in a reward function too: it is no good end
+        outcome = _failure(error)
+    _leave(this, outcome)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from hlrlhf.runs import Attempt
 from hlrlhf.settings import Settings
 from hlrlhf.settings.schema import Actor, Critic
 from hlrlhf.trainer import (
@@ -42,12 +43,12 @@ from hlrlhf.trainer.rewards import Rewards, check_rewards, load_rewards
 from hlrlhf.trainer.update import update
 
 
-def train(settings: Settings, run: Path, device: Device, warned: Callable[[], bool]) -> bool:
+def train(settings: Settings, attempt: Attempt, device: Device, warned: Callable[[], bool]) -> bool:
     """Train actor and critic, and save them.
 
     Args:
         settings: of the run.
-        run: its directory, absolute.
+        attempt: at the run.
         device: this rank's.
         warned: whether this rank has been asked to stop early.
 
@@ -57,7 +58,7 @@ def train(settings: Settings, run: Path, device: Device, warned: Callable[[], bo
     Raises:
         TrainerError: the models or the data do not allow it.
     """
-    rank = dist.get_rank()
+    rank, run = dist.get_rank(), attempt.run.directory
     hybrid.check(settings)
     tokenizer = tokenizers.actor_tokenizer(settings)
     check_rewards(settings, tokenizer)

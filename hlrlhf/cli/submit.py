@@ -17,7 +17,8 @@ from hlrlhf import demo, runs
 from hlrlhf.cli import options
 from hlrlhf.settings import SettingsError, layers
 from hlrlhf.settings.layers import Resolved
-from hlrlhf.slurm import client, script
+from hlrlhf.slurm import client, script, states
+from hlrlhf.slurm.answers import STOPPED_EARLY
 
 
 def submit(
@@ -117,8 +118,11 @@ def _submit(resolved: Resolved, *, as_json: bool) -> runs.Run:
     except (client.Rejected, client.SlurmError):
         run.discard()
         raise
+    submitted = states.submitted(job_id, cluster) or now
+    if now - submitted > states.SKEW:
+        _say(f"this machine's clock is {now - submitted} s ahead of Slurm's")
     try:
-        _record(run, runs.Job("slurm", job_id, cluster, now), as_json=as_json)
+        _record(run, runs.Job("slurm", job_id, cluster, submitted), as_json=as_json)
     except runs.RunError:
         _say(f"submitted as job {job_id}, which is not written down")
         raise
@@ -148,8 +152,6 @@ def _record(run: runs.Run, job: runs.Job, *, as_json: bool) -> None:
 
 def _wait(run: runs.Run) -> int:
     """Until the job has ended; its exit code."""
-    from hlrlhf.slurm import states
-
     seen = ""
     for (state,) in states.poll([run]):
         if state.state != seen:
@@ -158,7 +160,7 @@ def _wait(run: runs.Run) -> int:
         if state.state == "COMPLETED":
             return 0
         if state.ended:
-            return (state.exit_code or 1) if state.state == "FAILED" else 1
+            return (state.exit_code or 1) if state.state in ("FAILED", STOPPED_EARLY) else 1
     raise AssertionError("polling has no end")
 
 
@@ -172,12 +174,13 @@ def _local(resolved: Resolved, *, as_json: bool) -> int:
     job = runs.Job("local", str(os.getpid()), None, int(time.time()))
     _record(run, job, as_json=as_json)
     try:
-        code = launcher.run(resolved, run.directory, os.environ)
+        outcome = launcher.run(resolved, run.directory, os.environ)
     except SettingsError:
         # Nothing was started.
         run.discard()
         raise
-    words = {0: "done", launcher.STOPPED_EARLY: "stopped early, models saved"}
-    _say(f"run {run.name}: {words.get(code, f'failed with exit code {code}')}")
+    words = {0: "done", runs.STOPPED: outcome.why}
+    failed = f"failed with exit code {outcome.code}: {outcome.why}"
+    _say(f"run {run.name}: {words.get(outcome.code, failed)}")
     _say(f"everything is in {run.directory}")
-    return code
+    return outcome.code

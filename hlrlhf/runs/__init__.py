@@ -1,14 +1,19 @@
 """Run directories: made, found again, and read."""
 
+from hlrlhf.runs.attempt import STOPPED, Attempt, Outcome, SupersededError
 from hlrlhf.runs.directory import Job, Run, RunError
 from hlrlhf.runs.index import create, every, find
 from hlrlhf.runs.records import Progress, attempts, log_files, progress
 
 __all__ = [
+    "STOPPED",
+    "Attempt",
     "Job",
+    "Outcome",
     "Progress",
     "Run",
     "RunError",
+    "SupersededError",
     "attempts",
     "create",
     "every",

@@ -27,8 +27,8 @@ class Job:
         kind: by Slurm, or by a launcher on this machine.
         id: the job's id; the launcher's process id.
         cluster: the cluster to ask with ``-M``; None for the default one.
-        submitted: when, in Unix seconds. Slurm uses an id again after some time, so the id
-            alone does not name a job.
+        submitted: when, in Unix seconds, by Slurm's clock if it said so. Slurm uses an id again
+            after some time, so the id alone does not name a job.
     """
 
     kind: Literal["slurm", "local"]

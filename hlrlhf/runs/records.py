@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hlrlhf.runs.attempt import Attempt, Outcome
 from hlrlhf.runs.directory import Job, Run
 
 # A line of metrics is some hundred bytes; this much of the file's end holds the last one.
@@ -65,9 +66,9 @@ def progress(run: Run) -> Progress | None:
     return None
 
 
-def attempts(run: Run, job: Job) -> dict[int, int | None]:
-    """The attempts of a job that left a trace, in order, each with the exit code that it wrote."""
-    found: dict[int, int | None] = {}
+def attempts(run: Run, job: Job) -> dict[int, Outcome | None]:
+    """The attempts of a job that left a trace, in order, each with how it said that it ended."""
+    found: dict[int, Outcome | None] = {}
     pattern = re.compile(rf"{re.escape(job.log_id)}\.([0-9]{{1,9}})\.(log|exit)", re.ASCII)
     for name in _names(run.logs):
         match = pattern.fullmatch(name)
@@ -76,7 +77,7 @@ def attempts(run: Run, job: Job) -> dict[int, int | None]:
         attempt = int(match[1])
         found.setdefault(attempt, None)
         if match[2] == "exit":
-            found[attempt] = _exit_code(run.logs / name)
+            found[attempt] = Outcome.read(Attempt(run, job.log_id, attempt).ended)
     return dict(sorted(found.items()))
 
 
@@ -117,10 +118,3 @@ def _names(folder: Path) -> list[str]:
         return os.listdir(folder)  # noqa: PTH208 - names are all that is needed
     except OSError:
         return []
-
-
-def _exit_code(path: Path) -> int | None:
-    try:
-        return int(path.read_text(encoding="ascii"))
-    except (OSError, ValueError):
-        return None

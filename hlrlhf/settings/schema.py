@@ -461,7 +461,7 @@ class Slurm(Group):
     requeue: bool = Field(
         False,
         description="--requeue or --no-requeue: whether Slurm may start the job again, from its "
-        "first step, after a node failure.",
+        "first step, after a node failure or a preemption.",
     )
     signal_lead: SignalLead | None = Field(
         None,
@@ -495,7 +495,9 @@ class Environment(Group):
     """The environment of each rank."""
 
     setup: list[ShellLine] = Field(
-        [], description="Shell lines to run first on the first node, such as module load."
+        [],
+        description="Shell lines to run first on the first node, such as module load; the first "
+        "that fails ends the job.",
     )
     python: Text = Field(
         "python3",

@@ -7,6 +7,7 @@ ignored filters for years.
 from __future__ import annotations
 
 import contextlib
+import signal
 import time
 from dataclasses import dataclass
 
@@ -42,7 +43,12 @@ _LIVE = frozenset(
         "SUSPENDED",
     }
 )
+# Words of ours, beside Slurm's.
 UNKNOWN = "UNKNOWN"
+STOPPED_EARLY = "STOPPED_EARLY"
+
+# Slurm's number for a script that could not be started on its node; no signal has it.
+_NOT_STARTED = 53
 
 
 @dataclass(frozen=True)
@@ -50,9 +56,11 @@ class State:
     """One job, as far as it is known; None is "not known".
 
     Attributes:
-        state: Slurm's word for it, or UNKNOWN.
-        reason: why it is in that state, in Slurm's words or ours; may be empty.
-        exit_code: of the batch script, 128 + n when signal n ended it; None before the end.
+        state: Slurm's word for it; STOPPED_EARLY instead of its FAILED where a run stopped after a
+            warning, its models saved; or UNKNOWN.
+        reason: why it is in that state, in the run's words, Slurm's or ours; may be empty.
+        exit_code: of the run, 128 + n when signal n ended it; None before the end, and where Slurm
+            ended the job with no code to tell.
         restarts: how often the job was requeued.
         submitted, started, finished: Unix seconds, of the last attempt.
         elapsed: seconds that the last attempt has run.
@@ -76,7 +84,7 @@ class State:
     @property
     def ended(self) -> bool:
         """Whether the job is over for good."""
-        return self.state in ENDS
+        return self.state in ENDS or self.state == STOPPED_EARLY
 
 
 def parse_queue(text: str) -> dict[str, State]:
@@ -93,7 +101,7 @@ def parse_queue(text: str) -> dict[str, State]:
         waiting = state == "PENDING"
         found[job_id] = State(
             state=state,
-            reason="" if reason == "None" else reason,
+            reason=_in_words(reason),
             submitted=seconds(submitted),
             # Of a waiting job it is only Slurm's guess.
             started=None if waiting else seconds(started),
@@ -116,11 +124,14 @@ def parse_accounting(text: str) -> dict[str, list[State]]:
             fields
         )
         state = first_word(word)
+        ended, why = exit_code(code) if state in ENDS else (None, "")
+        if ended == 0 and state != "COMPLETED":
+            ended = None  # a job that Slurm itself ended has none
         found.setdefault(job_id, []).append(
             State(
                 state=state,
-                reason=word if state == "CANCELLED" and word != state else "",
-                exit_code=exit_code(code) if state in ENDS else None,
+                reason=word if state == "CANCELLED" and word != state else why,
+                exit_code=ended,
                 submitted=seconds(submitted),
                 started=seconds(started),
                 finished=seconds(finished),
@@ -166,12 +177,34 @@ def duration(text: str) -> int | None:
     return total
 
 
-def exit_code(text: str) -> int | None:
-    """One number for Slurm's ``code:signal``."""
+def exit_code(text: str) -> tuple[int | None, str]:
+    """One number for Slurm's ``code:signal``, and what a signal means; None for no exit at all."""
     code, _, number = text.partition(":")
     if not code.isdigit() or not (number or "0").isdigit():
-        return None
-    return 128 + int(number) if int(number or 0) else int(code)
+        return None, ""
+    if int(number or 0) == _NOT_STARTED:
+        return None, _in_words(f"RaisedSignal:{_NOT_STARTED}")
+    if int(number or 0):
+        return 128 + int(number), f"ended by {signal_name(int(number))}"
+    return int(code), ""
+
+
+def signal_name(number: int) -> str:
+    """``SIGKILL`` for 9."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _in_words(reason: str) -> str:
+    """Slurm's reason, but for those that say less than they should."""
+    if reason == "JobLaunchFailure" or reason.startswith(f"RaisedSignal:{_NOT_STARTED}"):
+        return (
+            "Slurm could not start the script on its node, or not open the log: do the nodes see "
+            "HL_BASE_OUT_PATH?"
+        )
+    return "" if reason == "None" else reason
 
 
 def _count(text: str) -> int | None:

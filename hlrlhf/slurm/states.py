@@ -12,13 +12,21 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from hlrlhf.runs import Job, Run, RunError, attempts
+from hlrlhf.runs import STOPPED, Job, Outcome, Run, RunError, attempts
 from hlrlhf.slurm import client
-from hlrlhf.slurm.answers import UNKNOWN, State, parse_accounting, parse_queue
+from hlrlhf.slurm.answers import (
+    STOPPED_EARLY,
+    UNKNOWN,
+    State,
+    parse_accounting,
+    parse_queue,
+)
 from hlrlhf.slurm.client import SlurmError
 
-# The clocks of the machine that submitted and of the controller may differ by this much.
-_SKEW = 60
+# The clocks of the machine that submitted and of the controller may differ by this many seconds.
+SKEW = 60
+# Jobs that one command is asked about: an argument has a largest length.
+_AT_ONCE = 1000
 # With --watch, --wait and -f: pauses between two looks, and the longest one while Slurm is away.
 INTERVAL = 5.0
 _LONGEST = 60.0
@@ -46,9 +54,22 @@ def look(runs: Sequence[Run], environ: Mapping[str, str] = os.environ) -> list[S
         else:
             clusters.setdefault(job.cluster, []).append((run, job))
     for cluster, pairs in clusters.items():
-        for (run, _), state in zip(pairs, _on_cluster(pairs, cluster, environ), strict=True):
-            states[run] = state
+        for begin in range(0, len(pairs), _AT_ONCE):
+            some = pairs[begin : begin + _AT_ONCE]
+            for (run, _), state in zip(some, _on_cluster(some, cluster, environ), strict=True):
+                states[run] = state
     return [states[run] for run in runs]
+
+
+def submitted(
+    job_id: str, cluster: str | None, environ: Mapping[str, str] = os.environ
+) -> int | None:
+    """When a job was submitted by Slurm's clock, or None where the queue does not say."""
+    try:
+        queued = parse_queue(client.queue([job_id], cluster, environ))
+    except SlurmError:
+        return None
+    return queued[job_id].submitted if job_id in queued else None
 
 
 def poll(
@@ -116,13 +137,23 @@ def _on_cluster(
                 raise no_queue from None
     for run, job in pairs:
         ours = [state for state in recorded.get(job.id, []) if _is_ours(job, state)]
-        yield merge(live.get(job.id), ours, attempts(run, job), queue_answered=no_queue is None)
+        state = merge(live.get(job.id), ours, attempts(run, job), queue_answered=no_queue is None)
+        known = [queued.get(job.id), *recorded.get(job.id, [])]
+        before = max((other.submitted or 0 for other in known if other), default=0)
+        if state.state == UNKNOWN and before and not _is_ours(job, State(submitted=before)):
+            early = job.submitted - before
+            reason = (
+                f"Slurm's job {job.id} was submitted {early} s before this run was: it is another "
+                "job, or the clock of the machine that submitted was ahead"
+            )
+            state = replace(state, reason=reason)
+        yield state
 
 
 def merge(
     queued: State | None,
     recorded: Sequence[State],
-    traces: Mapping[int, int | None],
+    traces: Mapping[int, Outcome | None],
     *,
     queue_answered: bool = True,
 ) -> State:
@@ -131,36 +162,53 @@ def merge(
     Args:
         queued: what the queue says.
         recorded: what accounting says, one for each attempt, the last one last.
-        traces: the attempts that wrote a log or an exit code, see `runs.attempts`.
+        traces: the attempts that wrote a log or their outcome, see `runs.attempts`.
         queue_answered: whether a job that is not in `queued` is not in the queue.
     """
     restarts = max([len(recorded) - 1, *traces, 0])
     last = recorded[-1] if recorded else None
+    outcome = traces[max(traces)] if traces else None
     if queued and not queued.ended:
         return replace(queued, restarts=restarts)
     if last and last.ended:
-        return replace(last, restarts=restarts, reason=queued.reason if queued else last.reason)
-    code = traces[max(traces)] if traces else None
+        known = replace(last, reason=queued.reason) if queued and queued.reason else last
+        return _told(replace(known, restarts=restarts), outcome)
     if queued:
-        exit_code = 0 if queued.state == "COMPLETED" else code
-        return replace(queued, restarts=restarts, exit_code=exit_code)
+        code = 0 if queued.state == "COMPLETED" else None
+        return _told(replace(queued, restarts=restarts, exit_code=code), outcome)
     if last and not queue_answered:
         return replace(last, restarts=restarts)
     # Not in the queue, and accounting knows of no end. A controller that was restarted, or
-    # accounting that lags, may leave it so; an exit code in the run directory is an end.
-    known = last or State()
-    if code is not None:
-        state = "COMPLETED" if code == 0 else "FAILED"
-        return replace(known, state=state, exit_code=code, restarts=restarts, reason="")
+    # accounting that lags, may leave it so; what the run itself said of its end is an end.
+    known = replace(last or State(), restarts=restarts)
+    if outcome is not None:
+        return _told(replace(known, state="FAILED"), outcome)
     if last:
         reason = f"accounting says {last.state}, but it is not in the queue"
     else:
         reason = "neither queue nor accounting know it"
-    return replace(known, state=UNKNOWN, restarts=restarts, reason=reason)
+    return replace(known, state=UNKNOWN, reason=reason)
+
+
+def _told(state: State, outcome: Outcome | None) -> State:
+    """The state of a job that has ended, with what its run said of the end."""
+    if outcome is None:
+        return state
+    if state.state in ("COMPLETED", "FAILED"):
+        words = {0: "COMPLETED", STOPPED: STOPPED_EARLY}
+        return replace(
+            state,
+            state=words.get(outcome.code, "FAILED"),
+            exit_code=outcome.code,
+            reason=outcome.why,
+        )
+    # Slurm ended the job, and says so; the run may have stopped well meanwhile.
+    reason = "; ".join(part for part in (state.reason, outcome.why) if part)
+    return replace(state, exit_code=outcome.code or None, reason=reason)
 
 
 def _is_ours(job: Job, state: State | None) -> bool:
-    return state is not None and (state.submitted or 0) >= job.submitted - _SKEW
+    return state is not None and (state.submitted or 0) >= job.submitted - SKEW
 
 
 def _is_first_attempt(job: Job, state: State | None) -> bool:
@@ -170,12 +218,10 @@ def _is_first_attempt(job: Job, state: State | None) -> bool:
 
 def _local(run: Run, job: Job) -> State:
     """A run on this machine: the lock says that it runs, its exit code how it ended."""
-    traces = attempts(run, job)
-    code = traces[max(traces)] if traces else None
-    known = State(submitted=job.submitted, started=job.submitted, nodes=1, exit_code=code)
+    known = State(submitted=job.submitted, started=job.submitted, nodes=1)
     if run.is_held():
         elapsed = max(0, int(time.time()) - job.submitted)
-        return replace(known, state="RUNNING", elapsed=elapsed, exit_code=None)
-    if code is None:
-        return replace(known, state="FAILED", reason="the launcher was killed")
-    return replace(known, state="COMPLETED" if code == 0 else "FAILED")
+        return replace(known, state="RUNNING", elapsed=elapsed)
+    traces = attempts(run, job)
+    outcome = traces[max(traces)] if traces else None
+    return _told(replace(known, state="FAILED", reason="the launcher was killed"), outcome)

@@ -1,0 +1,142 @@
+"""Attempts at a run: which one is the newest, and how each ended.
+
+Slurm starts a job again after a fault, and it can take a node for dead whose ranks live on. So an
+attempt counts as complete only if its ranks say so themselves, and the ranks of an older one find
+out that a newer one has begun.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from hlrlhf.runs.directory import Run, RunError
+
+# Known to batch systems as "temporary failure, try again" (EX_TEMPFAIL of sysexits.h).
+STOPPED = 75
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an attempt ended.
+
+    Attributes:
+        code: 0 complete, `STOPPED` stopped early with its models saved, 128 + n ended by signal n,
+            anything else failed.
+        why: one line; may be empty.
+    """
+
+    code: int
+    why: str = ""
+
+    @classmethod
+    def read(cls, path: Path) -> Outcome | None:
+        """What a file says: the code on its first line, why on its second; None if it does not."""
+        try:
+            code, _, why = path.read_text(encoding="utf-8", errors="replace").partition("\n")
+            return cls(int(code), why.rstrip("\n"))
+        except (OSError, ValueError):
+            return None
+
+    def __str__(self) -> str:
+        return f"{self.code}\n" + (f"{self.why}\n" if self.why else "")
+
+
+class SupersededError(Exception):
+    """A newer attempt has begun in the run's directory, which this one must leave alone."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One attempt at a run.
+
+    Attributes:
+        run: the run.
+        job: what the job's files in ``logs/`` begin with, see `Job.log_id`; None for ranks that
+            were started by hand.
+        number: from 0.
+    """
+
+    run: Run
+    job: str | None
+    number: int
+
+    @classmethod
+    def of(cls, run: Run, environ: Mapping[str, str]) -> Attempt:
+        """The attempt of which this process is a rank, as its environment says."""
+        return cls(run, environ.get("HLRLHF_JOB"), int(environ.get("HLRLHF_ATTEMPT", "0")))
+
+    @property
+    def said(self) -> Path:
+        """The file with what the ranks say of their end; the first of them that says it counts."""
+        return self.run.logs / f"{self.job}.{self.number}.rank"
+
+    @property
+    def ended(self) -> Path:
+        """The file with what the script or the launcher says of the end."""
+        return self.run.logs / f"{self.job}.{self.number}.exit"
+
+    def say(self, outcome: Outcome) -> None:
+        """Leave an outcome in `said`, unless another rank was first."""
+        if self.job is not None:
+            with contextlib.suppress(OSError), self.said.open("x", encoding="utf-8") as file:
+                file.write(str(outcome))
+
+    def heard(self) -> Outcome | None:
+        """What the ranks have said of their end, if they have."""
+        return Outcome.read(self.said)
+
+    def check_job(self) -> None:
+        """See that no other job has the directory.
+
+        Raises:
+            RunError: one has, or ``job.json`` cannot be understood.
+        """
+        job = self.run.job()
+        if self.job is not None and job is not None and job.log_id != self.job:
+            raise RunError(
+                f"{self.run.directory}: is the run of job {job.id}, and this is job {self.job}; "
+                "two jobs must not share it: submit anew, with "
+                f"hlrlhf submit --config {self.run.settings_file}"
+            )
+
+    def begin(self) -> None:
+        """Make this attempt the newest one; by its first rank, before it writes anything else.
+
+        Raises:
+            RunError: the directory cannot be written.
+        """
+        try:
+            self.run.logs.mkdir(exist_ok=True)
+            draft = self._newest.with_suffix(".new")
+            draft.write_text(self._name, encoding="ascii")
+            draft.replace(self._newest)
+        except OSError as error:
+            raise RunError(f"{error.filename}: {error.strerror}") from error
+
+    def check(self) -> None:
+        """To be called before each write into a place that attempts share.
+
+        Raises:
+            SupersededError: another attempt has begun since.
+        """
+        try:
+            newest = self._newest.read_text(encoding="ascii")
+        except OSError:
+            return  # it cannot be told, which is no reason to end a run
+        if newest != self._name:
+            raise SupersededError(
+                f"a newer attempt at this run has begun ({newest}), so this one ({self._name}) "
+                "ends and writes nothing more"
+            )
+
+    @property
+    def _newest(self) -> Path:
+        return self.run.logs / "newest"
+
+    @property
+    def _name(self) -> str:
+        return f"{self.job or f'process {os.getpid()}'}, attempt {self.number}"
