@@ -180,11 +180,51 @@ def test_a_job_that_may_be_queued_keeps_its_directory(settings: Path, tmp_path: 
     assert (settings / "try" / "job.sbatch").is_file()
 
 
+def refusal(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    """Slurm's words, then the request, then the settings."""
+    assert (done.returncode, done.stdout) == (2, "")
+    said, asked, settings = done.stderr[done.stderr.index("hlrlhf: Slurm refuses") :].rsplit(
+        "\nhlrlhf: ", maxsplit=2
+    )
+    assert said.startswith("hlrlhf: Slurm refuses this job: ")
+    assert words[0] in said
+    assert asked.startswith("it asked for --nodes=1 --ntasks-per-node=")
+    for own in ("--job-name", "--chdir", "--output", "--open-mode"):
+        assert own not in asked
+    assert words[1] in asked
+    assert words[2] in settings
+    assert "`hlrlhf show`" in settings
+
+
+NOWHERE = (
+    "invalid partition specified: nowhere",
+    "=2 --gres=hpu:2 --partition=nowhere --no-requeue --licenses=a#b",
+    "set by devices_per_node = 2 (environment HL_DEVICES_PER_NODE), "
+    "slurm.partition = 'nowhere' (flag --set), slurm.extra = ['--licenses=a#b'] (flag --set); ",
+)
+
+
 @pytest.mark.slurm
-def test_rejected_by_slurm(on_slurm: Cluster, settings: Path) -> None:
-    done = submit("--set", "slurm.partition=nowhere")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert "invalid partition" in done.stderr
+def test_what_slurm_refuses_is_what_was_asked_for(on_slurm: Cluster, settings: Path) -> None:
+    flags = ("--set", "slurm.partition=nowhere", "--set", "slurm.extra=--licenses=a#b")
+    refusal(submit(*flags), *NOWHERE)
+    refusal(submit("--test-only", *flags), *NOWHERE)
+    assert nothing_left(settings)
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize(
+    ("devices", "arguments"),
+    # With more tasks than processors too, Slurm lets the job wait for a partition that has them.
+    [(16, []), (16, ["--test-only"]), (100, ["--test-only"])],
+)
+def test_a_request_that_no_node_can_meet(
+    on_slurm: Cluster, settings: Path, devices: int, arguments: list[str]
+) -> None:
+    flags = (f"devices_per_node={devices}", f"gbs={devices * 4}")
+    done = submit(*arguments, *(word for flag in flags for word in ("--set", flag)))
+    request = f"={devices} --gres=hpu:{devices} "
+    refusal(done, "not available", request, f"devices_per_node = {devices} (flag --set)")
     assert nothing_left(settings)
 
 
@@ -193,9 +233,6 @@ def test_test_only(on_slurm: Cluster, settings: Path) -> None:
     good = submit("--test-only")
     assert good.returncode == 0
     assert re.search(r"Job \d+ to start at", good.stdout)
-    bad = submit("--test-only", "--set", "slurm.partition=nowhere")
-    assert (bad.returncode, bad.stdout) == (1, "")
-    assert "invalid partition" in bad.stderr
     assert nothing_left(settings)
 
 
