@@ -40,6 +40,13 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "runs"
 
 
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models and data that exist on this machine."""
+    for name in ("HL_ACTOR_MODEL_PATH", "HL_CRITIC_MODEL_PATH", "HL_DATASET_PATH"):
+        monkeypatch.setenv(name, str(tmp_path))
+
+
 def rank(folder: Path, body: str = RANK) -> Path:
     file = folder / "rank"
     file.write_text(body)
@@ -76,7 +83,28 @@ def test_dry_run_json(settings: Path) -> None:
     assert shown["script"] == submit("--dry-run").stdout
 
 
-def test_dry_run_here(settings: Path) -> None:
+def test_hints_are_words_beside_the_script(settings: Path) -> None:
+    plain = submit("--dry-run")
+    hinted = submit("--dry-run", "--set", "checkpoint_path=/dev/shm/saved")
+    words = "hint: checkpoint_path = '/dev/shm/saved' (flag --set): nodes may not see it"
+    assert words in hinted.stderr
+    assert words not in plain.stderr
+    assert "hint: dataset.path = '/data' (environment HL_DATASET_PATH): not on this" in plain.stderr
+    assert hinted.stdout == plain.stdout
+    assert json.loads(submit("--dry-run", "--json").stdout)["script"] == plain.stdout
+
+
+def test_the_demos_models_are_not_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    here = submit("--preset", "demo", "--local", "--dry-run")
+    assert here.returncode == 0
+    assert "not on this machine" not in submit("--preset", "demo", "--dry-run").stderr
+    own = ("--set", "actor.model_path=/nowhere")
+    assert "not on this machine" in submit("--preset", "demo", "--local", *own).stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_dry_run_here(settings: Path, here: None) -> None:
     done = submit("--dry-run", "--local")
     assert (done.returncode, done.stdout) == (0, "")
     assert "would start 2 ranks" in done.stderr
@@ -318,7 +346,7 @@ print("rank", os.environ["RANK"], flush=True)
 
 
 @pytest.fixture
-def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def trainer(tmp_path: Path, here: None, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A package that stands before ours, so that `hlrlhf.trainer` is a small program."""
     import hlrlhf
 
@@ -366,6 +394,16 @@ def test_local_with_a_taken_port_leaves_nothing(settings: Path, trainer: Path) -
         done = submit("--local", "--set", f"master_port={port}")
     assert done.returncode == 2
     assert f"HL_MASTER_PORT={port} is taken" in done.stderr
+    assert nothing_left(settings)
+
+
+def test_local_without_the_models_makes_nothing(settings: Path, trainer: Path) -> None:
+    done = submit("--local", HL_CRITIC_MODEL_PATH="/models/critic")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "hlrlhf: critic.model_path = '/models/critic' (environment HL_CRITIC_MODEL_PATH): not on "
+        "this machine, where --local reads it\n"
+    )
     assert nothing_left(settings)
 
 

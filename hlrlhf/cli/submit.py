@@ -17,7 +17,7 @@ import typer
 
 from hlrlhf import demo, runs
 from hlrlhf.cli import options
-from hlrlhf.settings import SettingsError, layers
+from hlrlhf.settings import SettingsError, hints, layers
 from hlrlhf.settings.errors import printable
 from hlrlhf.settings.layers import Resolved
 from hlrlhf.slurm import client, script
@@ -61,6 +61,10 @@ def submit(
         from hlrlhf import local as launcher
 
         launcher.check(resolved)
+        hints.check_here(resolved, _made(resolved))
+    else:
+        for hint in hints.hints(resolved, _made(resolved), os.environ):
+            _say(f"hint: {hint}")
     if not (dry_run or test_only):
         demo.prepare(resolved)
     if dry_run:
@@ -78,6 +82,11 @@ def submit(
 
 def _say(words: str) -> None:
     print(f"hlrlhf: {words}", file=sys.stderr, flush=True)
+
+
+def _made(resolved: Resolved) -> list[Path]:
+    """The folders that are made before a run."""
+    return [demo.MODELS.absolute()] if resolved.preset == "demo" else []
 
 
 def _directory(resolved: Resolved) -> Path:
