@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -196,3 +197,121 @@ def test_a_preset_may_foresee_lora(tmp_path: Path) -> None:
     assert problems(preset="bloom-1.1b-560m") == []
     assert "there is no LoRA" in problems(preset="bloom-1.1b-560m", HL_ONLY_OPTIMIZE_LORA="1")[0]
     assert problems("lora.dim=8", preset="bloom-1.1b-560m", HL_ONLY_OPTIMIZE_LORA="1") == []
+
+
+def extra(line: str) -> list[str]:
+    return problems(f"slurm.extra={json.dumps([line])}")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("--job-name=mine", "'--job-name=mine': set tag"),
+        ("-J mine", "'-J': set tag"),
+        ("--nodes=2", "set num_nodes"),
+        ("--ntasks=2", "set num_nodes and devices_per_node"),
+        ("--tasks-per-node=2", "set devices_per_node"),
+        ("--gres=gpu:1", "slurm.gres_type and devices_per_node"),
+        *(
+            (f"--{option}=x", f"'--{option}=x': set slurm.{option.replace('-', '_')}")
+            for option in (
+                *("partition", "account", "qos", "time", "constraint", "reservation", "exclude"),
+                *("nodelist", "mem", "mem-per-cpu", "mem-per-gpu", "cpus-per-task", "mail-type"),
+                *("mail-user", "comment", "exclusive", "dependency"),
+            )
+        ),
+        ("--requeue", "set slurm.requeue"),
+        ("--no-requeue", "set slurm.requeue"),
+        ("--kill-on-invalid-dep=no", "it comes with slurm.dependency"),
+        ("--signal=B:USR1@60", "set slurm.signal_lead"),
+        ("--chdir=/tmp", "the run's directory depends on it"),
+        ("--open-mode=truncate", "the run's directory depends on it"),
+        ("--array=0-3", "two trainers would share its directory; submit once for each"),
+        ("--wrap=true", "the script is hlrlhf's"),
+        ("--test-only", "call hlrlhf submit --test-only"),
+        ("--parsable", "hlrlhf gives it itself"),
+        ("--wait", "call hlrlhf submit --wait"),
+        # As getopt_long reads them.
+        ("--switches=1 --output=x", "'--output=x': the run's directory"),
+        ("--output x", "'--output': the run's directory"),
+        ("-ox", "'-ox': the run's directory"),
+        ("-HJname", "'-HJname': set tag"),
+        ("-sHvW", "'-sHvW': call hlrlhf submit --wait"),
+        ("--out=x", "'--out=x': write the option out"),
+        ("--arr=0-3", "'--arr=0-3': write the option out"),
+        # As sbatch splits a line.
+        ('"--output=x"', "'--output=x': the run's directory"),
+        ("--licenses='a b' '--out'put=x", "'--output=x': the run's directory"),
+        (r"'--licenses=a\' b' --output=x", "'--output=x': the run's directory"),
+        (r"\--output=x", "'--output=x': the run's directory"),
+        ("--licenses='a", "a quote is not closed"),
+        # What is no option.
+        ("hetjob", "not a heterogeneous one"),
+        ("--nice PackJob", "not a heterogeneous one"),
+        ("switches=1", "'switches=1' is neither an option nor the value of one"),
+        ("--nice=5 5", "'5' is neither"),
+        ("-- --hold", "'--' is neither"),
+    ],
+)
+def test_a_directive_that_the_script_says_itself(line: str, said: str) -> None:
+    (problem,) = extra(line)
+    assert problem.startswith("slurm.extra = [")
+    assert "(flag --set): " in problem
+    assert said in problem
+
+
+@pytest.mark.parametrize("letter", "JNncpAqtCxwdDoea")
+def test_a_short_directive_that_the_script_says_itself(letter: str) -> None:
+    assert len(extra(f"-{letter} x")) == len(extra(f"-{letter}x")) == 1
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("--switches=1@10", "--licenses=a:1", "-L a", "-La:Job", "--nice", "--nice=100", "-H"),
+        *("--begin=now+1hour", "--hold", "--export=ALL,A=1", "--gpus=8", "--gpus-per-task=1"),
+        *("-G 8", "--clusters=main", "-Mmain", "--propagate", "--mem-bind=local", "--hint=x"),
+        *("--time-min=10", "--deadline=now+1day", "--wckey=a", "--get-user-env", "--prefer=a"),
+        *("--exclu-sive-in-some-newer-slurm", "-koff", "-sHv --switches 1 -L a"),
+        "--licenses='a --output=x'",
+        r"--licenses=a\ --output=x",
+        "--nice # --output=x",
+    ],
+)
+def test_directives_that_only_a_site_knows(line: str) -> None:
+    assert extra(line) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--nodes=1"], "set num_nodes"),
+        (["-n", "3"], "set num_nodes and devices_per_node"),
+        (["--ntasks-per-node=1"], "set devices_per_node"),
+        (["-c4"], "set slurm.cpus_per_task"),
+        (["--output=x"], "set log_file"),
+        (["-lo", "x"], "set log_file"),
+        (["-e", "x"], "set log_file"),
+        (["--chdir=/tmp"], "the run's directory"),
+        (["--export=NONE"], "the script gives it itself"),
+        (["-K0"], "the script gives it itself"),
+        (["--multi-prog"], "the script gives it itself"),
+        (["--container-image=x"], "set container.kind=pyxis and container.image"),
+        (["--container-mounts=/a:/b"], "set container.mounts"),
+        (["--container-work=/"], "write the option out"),
+        (["--label", "hostname", "true"], "'true' is neither an option nor the value of one"),
+    ],
+)
+def test_an_argument_that_the_script_gives_srun_itself(words: list[str], said: str) -> None:
+    (problem,) = problems(f"slurm.srun_args={json.dumps(words)}")
+    assert problem.startswith("slurm.srun_args = [")
+    assert said in problem
+
+
+def test_arguments_of_srun_that_only_a_site_knows() -> None:
+    words = ["--mpi", "none", "--cpu-bind=cores", "-lW30", "--container=a", "--gpus-per-task=1"]
+    assert problems(f"slurm.srun_args={json.dumps(words)}") == []
+
+
+def test_every_wrong_directive_is_named() -> None:
+    assert len(problems("slurm.extra=['--output=x -J y', '--array=1']")) == 3

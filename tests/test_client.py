@@ -53,9 +53,11 @@ def test_a_job_gets_the_users_environment_but_not_that_of_a_surrounding_job(
 
 @pytest.mark.slurm
 def test_a_refused_job_is_refused_in_sbatchs_words(on_slurm: Cluster, tmp_path: Path) -> None:
-    wrong = script(tmp_path, "true", "--partition=nowhere")
-    with pytest.raises(Rejected, match="invalid partition specified: nowhere"):
+    words = ("true\n#SBATCH --hold", "--partition=nowhere", "--output=/dev/null", "--job-name=x")
+    wrong = script(tmp_path, *words)
+    with pytest.raises(Rejected, match="invalid partition specified: nowhere") as error:
         client.submit(wrong)
+    assert str(error.value).splitlines()[-1] == "it asked for --partition=nowhere"
     with pytest.raises(Rejected, match="invalid partition specified: nowhere"):
         client.estimate(wrong)
     with pytest.raises(Rejected, match="not available"):

@@ -130,11 +130,13 @@ def test_lists_as_text(text: str, paths: list[str]) -> None:
 
 
 def test_lists_in_a_file(tmp_path: Path) -> None:
-    one = written(tmp_path / "one.yaml", "dataset: {path: /a b}\nslurm: {extra: [1.10, no]}\n")
+    one = written(
+        tmp_path / "one.yaml", "dataset: {path: /a b}\nenvironment: {setup: [1.10, no]}\n"
+    )
     environ = {key: value for key, value in MANDATORY.items() if key != "HL_DATASET_PATH"}
     settings = resolve(files=[one], environ=environ).settings
     assert settings.dataset.path == ["/a b"]
-    assert settings.slurm.extra == ["1.10", "no"]
+    assert settings.environment.setup == ["1.10", "no"]
 
 
 @pytest.mark.parametrize("text", ["'/a", "[/a", "[/a]]", "[" * 5000, "[!!int 1]"])
@@ -373,13 +375,12 @@ def test_dump_and_load_give_the_same_settings(
         environ=MANDATORY | {"HL_ACTOR_MODEL_PATH": text, "HL_SLURM_COMMENT": text},
         flags=[f"actor.learning_rate={rate!r}", f"slurm.requeue={flag}"],
     )
-    values = {"extra": items, "nodelist": text}
-    settings = resolved.settings.model_copy(
-        update={"slurm": resolved.settings.slurm.model_copy(update=values)}
-    )
     given_values = dict(resolved.values)
-    for key, value in values.items():
-        given_values[f"slurm.{key}"] = given_values[f"slurm.{key}"]._replace(value=value)
+    settings = resolved.settings
+    for group, key, value in (("environment", "setup", items), ("slurm", "nodelist", text)):
+        changed = getattr(settings, group).model_copy(update={key: value})
+        settings = settings.model_copy(update={group: changed})
+        given_values[f"{group}.{key}"] = given_values[f"{group}.{key}"]._replace(value=value)
     resolved = Resolved(settings, given_values, None)
     assert load(written(folder / "settings.yaml", dump(resolved))) == settings
 

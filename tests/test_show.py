@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import pty
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -96,3 +102,71 @@ def test_wrong_settings_show_nothing(show: Any) -> None:
     code, out, err = show("--preset", "llama2-7b", "--set", "actor.lerning_rate=1")
     assert (code, out) == (2, "")
     assert "did you mean actor.learning_rate?" in err
+
+
+def on_terminal(*arguments: str, **environ: str) -> list[str]:
+    """The lines that `hlrlhf show` prints on a terminal of 80 columns."""
+    ours, its = pty.openpty()
+    command = [sys.executable, "-m", "hlrlhf", "show", *arguments]
+    process = subprocess.Popen(
+        command, stdout=its, env=os.environ | MANDATORY | {"COLUMNS": "80"} | environ
+    )
+    os.close(its)
+    text = b""
+    with contextlib.suppress(OSError):  # Linux's end of a terminal
+        while some := os.read(ours, 65536):
+            text += some
+    os.close(ours)
+    assert process.wait() == 0
+    return text.decode().splitlines()
+
+
+def whole(lines: list[str], name: str) -> str:
+    """What stands below the line of a setting, or of a file, put together again."""
+    (at,) = (number for number, line in enumerate(lines) if line.split()[0] == name)
+    below = []
+    for line in lines[at + 1 :]:
+        if not line.startswith("    "):
+            break
+        below.append(line.removeprefix("    "))
+    return "".join(below)
+
+
+def test_a_terminal_of_80_columns_holds_every_line(tmp_path: Path) -> None:
+    folder = tmp_path / ("deep" * 30)
+    folder.mkdir()
+    site = folder / "site.yaml"
+    data = f"/data/{'long ' * 40}end"
+    site.write_text("slurm: {partition: gaudi}\n")
+    models = "/models/" + "actor" * 40
+
+    environ = {
+        "HL_ACTOR_MODEL_PATH": models,
+        "HL_CRITIC_LR": "1e-5",
+        "HL_DATASET_PATH": f"'/data/a' '{data}'",
+        "HL_DATASET_SPLIT": "train-with-a-longer-name-than-others",
+    }
+    lines = on_terminal("--preset", "llama2-7b", "--config", str(site), **environ)
+
+    assert max(map(len, lines)) <= 80
+    first = [line.split()[0] for line in lines if not line.startswith(" ")]
+    assert [word for word in first if word in settings_by_name()] == list(settings_by_name())
+    rows = {line.split()[0]: line.split()[1:] for line in lines}
+    assert rows["slurm.partition"] == ["gaudi", "file", "site.yaml:1"]
+    assert rows["critic.learning_rate"] == ["1e-05", "environment", "HL_CRITIC_LR"]
+    assert whole(lines, "actor.model_path") == models
+    assert whole(lines, "site.yaml") == str(site)
+    assert whole(lines, "llama2-7b.yaml").endswith("/presets/llama2-7b.yaml")
+    assert whole(lines, "dataset.split") == "train-with-a-longer-name-than-others"
+    assert whole(lines, "dataset.path") == json.dumps(["/data/a", data])
+
+
+def test_a_terminal_tells_files_of_one_name_apart(tmp_path: Path) -> None:
+    files = [tmp_path / "a" / "site.yaml", tmp_path / "b" / "site.yaml"]
+    for number, file in enumerate(files):
+        file.parent.mkdir()
+        file.write_text(f"{('seed', 'mbs')[number]}: 1\n")
+    lines = on_terminal("--config", str(files[0]), "--config", str(files[1]))
+    assert max(map(len, lines)) <= 80
+    assert whole(lines, "seed") == f"file {files[0]}:1"
+    assert whole(lines, "mbs") == f"file {files[1]}:1"

@@ -40,6 +40,13 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "runs"
 
 
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models and data that exist on this machine."""
+    for name in ("HL_ACTOR_MODEL_PATH", "HL_CRITIC_MODEL_PATH", "HL_DATASET_PATH"):
+        monkeypatch.setenv(name, str(tmp_path))
+
+
 def rank(folder: Path, body: str = RANK) -> Path:
     """A command that does what `body` says, in bash, and leaves."""
     file = folder / "rank"
@@ -77,7 +84,28 @@ def test_dry_run_json(settings: Path) -> None:
     assert shown["script"] == submit("--dry-run").stdout
 
 
-def test_dry_run_here(settings: Path) -> None:
+def test_hints_are_words_beside_the_script(settings: Path) -> None:
+    plain = submit("--dry-run")
+    hinted = submit("--dry-run", "--set", "checkpoint_path=/dev/shm/saved")
+    words = "hint: checkpoint_path = '/dev/shm/saved' (flag --set): nodes may not see it"
+    assert words in hinted.stderr
+    assert words not in plain.stderr
+    assert "hint: dataset.path = '/data' (environment HL_DATASET_PATH): not on this" in plain.stderr
+    assert hinted.stdout == plain.stdout
+    assert json.loads(submit("--dry-run", "--json").stdout)["script"] == plain.stdout
+
+
+def test_the_demos_models_are_not_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    here = submit("--preset", "demo", "--local", "--dry-run")
+    assert here.returncode == 0
+    assert "not on this machine" not in submit("--preset", "demo", "--dry-run").stderr
+    own = ("--set", "actor.model_path=/nowhere")
+    assert "not on this machine" in submit("--preset", "demo", "--local", *own).stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_dry_run_here(settings: Path, here: None) -> None:
     done = submit("--dry-run", "--local")
     assert (done.returncode, done.stdout) == (0, "")
     assert "would start 2 ranks" in done.stderr
@@ -182,11 +210,51 @@ def test_a_job_that_may_be_queued_keeps_its_directory(settings: Path, tmp_path: 
     assert (settings / "try" / "job.sbatch").is_file()
 
 
+def refusal(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    """Slurm's words, then the request, then the settings."""
+    assert (done.returncode, done.stdout) == (2, "")
+    said, asked, settings = done.stderr[done.stderr.index("hlrlhf: Slurm refuses") :].rsplit(
+        "\nhlrlhf: ", maxsplit=2
+    )
+    assert said.startswith("hlrlhf: Slurm refuses this job: ")
+    assert words[0] in said
+    assert asked.startswith("it asked for --nodes=1 --ntasks-per-node=")
+    for own in ("--job-name", "--chdir", "--output", "--open-mode"):
+        assert own not in asked
+    assert words[1] in asked
+    assert words[2] in settings
+    assert "`hlrlhf show`" in settings
+
+
+NOWHERE = (
+    "invalid partition specified: nowhere",
+    "=2 --gres=hpu:2 --partition=nowhere --no-requeue --licenses=a#b",
+    "set by devices_per_node = 2 (environment HL_DEVICES_PER_NODE), "
+    "slurm.partition = 'nowhere' (flag --set), slurm.extra = ['--licenses=a#b'] (flag --set); ",
+)
+
+
 @pytest.mark.slurm
-def test_rejected_by_slurm(on_slurm: Cluster, settings: Path) -> None:
-    done = submit("--set", "slurm.partition=nowhere")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert "invalid partition" in done.stderr
+def test_what_slurm_refuses_is_what_was_asked_for(on_slurm: Cluster, settings: Path) -> None:
+    flags = ("--set", "slurm.partition=nowhere", "--set", "slurm.extra=--licenses=a#b")
+    refusal(submit(*flags), *NOWHERE)
+    refusal(submit("--test-only", *flags), *NOWHERE)
+    assert nothing_left(settings)
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize(
+    ("devices", "arguments"),
+    # With more tasks than processors too, Slurm lets the job wait for a partition that has them.
+    [(16, []), (16, ["--test-only"]), (100, ["--test-only"])],
+)
+def test_a_request_that_no_node_can_meet(
+    on_slurm: Cluster, settings: Path, devices: int, arguments: list[str]
+) -> None:
+    flags = (f"devices_per_node={devices}", f"gbs={devices * 4}")
+    done = submit(*arguments, *(word for flag in flags for word in ("--set", flag)))
+    request = f"={devices} --gres=hpu:{devices} "
+    refusal(done, "not available", request, f"devices_per_node = {devices} (flag --set)")
     assert nothing_left(settings)
 
 
@@ -195,9 +263,6 @@ def test_test_only(on_slurm: Cluster, settings: Path) -> None:
     good = submit("--test-only")
     assert good.returncode == 0
     assert re.search(r"Job \d+ to start at", good.stdout)
-    bad = submit("--test-only", "--set", "slurm.partition=nowhere")
-    assert (bad.returncode, bad.stdout) == (1, "")
-    assert "invalid partition" in bad.stderr
     assert nothing_left(settings)
 
 
@@ -334,7 +399,7 @@ def leave(code, why):
 
 
 @pytest.fixture
-def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def trainer(tmp_path: Path, here: None, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A package that stands before ours, so that `hlrlhf.trainer` is a small program."""
     import hlrlhf
 
@@ -382,6 +447,16 @@ def test_local_with_a_taken_port_leaves_nothing(settings: Path, trainer: Path) -
         done = submit("--local", "--set", f"master_port={port}")
     assert done.returncode == 2
     assert f"HL_MASTER_PORT={port} is taken" in done.stderr
+    assert nothing_left(settings)
+
+
+def test_local_without_the_models_makes_nothing(settings: Path, trainer: Path) -> None:
+    done = submit("--local", HL_CRITIC_MODEL_PATH="/models/critic")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "hlrlhf: critic.model_path = '/models/critic' (environment HL_CRITIC_MODEL_PATH): not on "
+        "this machine, where --local reads it\n"
+    )
     assert nothing_left(settings)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
+from mandatory import MANDATORY
 
-from hlrlhf.settings import SettingsError
+from hlrlhf.settings import SettingsError, resolve
 from hlrlhf.settings.yamlfile import Leaf, read
 
 
@@ -113,9 +115,74 @@ def test_line_and_column_of_what_cannot_be_read(file: Path, text: str, place: st
     assert problem.startswith(f"{file}{place}")
 
 
-@pytest.mark.parametrize("text", ["a: &x {b: *x}\n", "a: " + "[" * 5000, "{a: " * 5000])
+def test_what_is_within_itself(file: Path) -> None:
+    assert "not YAML" in refused(file, "a: &x {b: *x}\n")[0]
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{a: " * 50_000, "[" * 50 + "]" * 50])
 def test_bottomless_files(file: Path, text: str) -> None:
-    assert "not YAML" in refused(file, text)[0]
+    (problem,) = refused(file, "seed: 1\na: " + text)
+    assert problem.startswith(f"{file}:2:")
+    assert problem.endswith(": nested deeper than 50")
+
+
+def test_a_value_that_is_deep_is_no_fault_of_the_file(file: Path) -> None:
+    assert len(values(file, "a: " + "[" * 49 + "]" * 49)["a"]) == 1
+
+
+def bomb(levels: int) -> list[str]:
+    """Lines of ten aliases each of the line before."""
+    names = "abcdefghij"[:levels]
+    first = f"a: &a [{', '.join(['lol'] * 10)}]"
+    return [first] + [
+        f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]"
+        for before, name in itertools.pairwise(names)
+    ]
+
+
+def test_a_few_lines_that_stand_for_too_much(file: Path) -> None:
+    (problem,) = refused(file, "\n".join(bomb(10)))
+    assert problem.startswith(f"{file}:5:")
+    assert problem.endswith(": longer than 262144 characters, with its aliases (*) written out")
+
+
+def test_groups_that_stand_for_too_much(file: Path) -> None:
+    lines = ["a: &a {x: 1, y: 2}"] + [
+        f"{name}: &{name} {{x: *{before}, y: *{before}}}"
+        for before, name in itertools.pairwise("abcdefghijklmnopqrstu")
+    ]
+    assert "with its aliases (*) written out" in refused(file, "\n".join(lines))[0]
+
+
+def test_one_long_text_again_and_again(file: Path) -> None:
+    lines = [f"a: &a {'x' * 1000}", f"b: [{', '.join(['*a'] * 300)}]"]
+    assert refused(file, "\n".join(lines))[0].startswith(f"{file}:2:")
+
+
+def test_aliases_of_aliases_within_reason(file: Path) -> None:
+    assert len(values(file, "\n".join(bomb(3)))["c"][0]) == 10
+
+
+def test_a_list_in_a_variable_that_stands_for_too_much() -> None:
+    lists = [line.partition(": ")[2] for line in bomb(10)]
+    with pytest.raises(SettingsError) as error:
+        resolve(environ=MANDATORY | {"HL_DATASET_PATH": f"[{', '.join(lists)}]"})
+    (problem,) = map(str, error.value.problems)
+    assert problem.startswith("dataset.path = ")
+    assert "longer than 262144 characters, with its aliases (*) written out" in problem
+
+
+def test_a_list_in_a_variable_that_is_bottomless() -> None:
+    with pytest.raises(SettingsError, match="nested deeper than 50"):
+        resolve(environ=MANDATORY | {"HL_DATASET_PATH": "[" * 100_000})
+
+
+def test_files_without_end(file: Path) -> None:
+    assert values(file, "seed: 1\n#".ljust(2**18, "x")) == {"seed": "1"}
+    longer = refused(file, "seed: 1\n#".ljust(2**18 + 1, "x"))
+    assert longer == [f"{file}: is longer than 262144 characters"]
+    with pytest.raises(SettingsError, match="/dev/zero: is longer"):
+        read(Path("/dev/zero"))
 
 
 def test_all_problems_of_a_file_at_once(file: Path) -> None:

@@ -1,7 +1,7 @@
 """The command line: one module per command.
 
 Data goes to standard output and words to standard error. Exit codes: 0 done, 1 the run or job
-failed, 2 bad usage or settings, 3 Slurm could not be reached.
+failed, 2 bad usage or settings or a job that Slurm refuses, 3 Slurm could not be reached.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _explain(error: Exception) -> tuple[int, Iterator[str]]:
 
     if isinstance(error, SettingsError):
         return 2, (str(problem) for problem in error.problems)
-    for kind, code in ((RunError, 2), (DemoError, 1), (Rejected, 1), (SlurmError, 3)):
+    for kind, code in ((RunError, 2), (DemoError, 1), (Rejected, 2), (SlurmError, 3)):
         if isinstance(error, kind):
             return code, iter(str(error).splitlines())
     raise error

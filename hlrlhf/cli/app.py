@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperGroup
 
 from hlrlhf import __version__
 
@@ -14,21 +14,10 @@ from hlrlhf import __version__
 COMMANDS = ("presets", "show", "render", "submit", "status", "logs", "cancel")
 
 TAKE_SETTINGS = ("show", "render", "submit")
-
-
-class _WithSettings(TyperCommand):
-    """A command whose help ends in the list of settings, made from the schema when asked for."""
-
-    def format_epilog(self, ctx: Any, formatter: Any) -> None:
-        from hlrlhf.settings.names import settings_by_name
-
-        with formatter.section(
-            "Settings (--set NAME=VALUE, a file's NAME: VALUE, or the variable)"
-        ):
-            formatter.write_dl(
-                [(f"{one.name} {one.env}", one.description) for one in settings_by_name().values()],
-                col_max=24,
-            )
+EPILOG = (
+    "Settings come from the preset, the files, HL_* variables and --set; `hlrlhf show` lists all "
+    "of them with their values, docs/settings.md with their meaning."
+)
 
 
 class _Commands(TyperGroup):
@@ -42,8 +31,8 @@ class _Commands(TyperGroup):
             return None
         module = import_module(f"hlrlhf.cli.{cmd_name}")
         single = typer.Typer(add_completion=False, rich_markup_mode=None)
-        kind = _WithSettings if cmd_name in TAKE_SETTINGS else TyperCommand
-        single.command(cmd_name, cls=kind)(getattr(module, cmd_name))
+        epilog = EPILOG if cmd_name in TAKE_SETTINGS else None
+        single.command(cmd_name, epilog=epilog)(getattr(module, cmd_name))
         return typer.main.get_command(single)
 
 

@@ -12,11 +12,15 @@ from hlrlhf.settings.layers import Resolved, resolve
 
 Preset = Annotated[
     str | None,
-    typer.Option("--preset", help="A preset's name (see `hlrlhf presets`), or a path to one."),
+    typer.Option(
+        "--preset", metavar="NAME", help="A preset's name (see `hlrlhf presets`), or a path to one."
+    ),
 ]
 Config = Annotated[
     list[Path] | None,
-    typer.Option("--config", help="YAML file of settings, over the preset. Repeatable."),
+    typer.Option(
+        "--config", metavar="FILE", help="YAML file of settings, over the preset. Repeatable."
+    ),
 ]
 Set = Annotated[
     list[str] | None,
@@ -26,7 +30,9 @@ Set = Annotated[
 ]
 Template = Annotated[
     str | None,
-    typer.Option("--template", help="Site template; short for --set slurm.template=TEMPLATE."),
+    typer.Option(
+        "--template", metavar="FILE", help="Site template; short for --set slurm.template=FILE."
+    ),
 ]
 
 

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -10,7 +15,7 @@ import typer
 from hlrlhf.cli import options
 from hlrlhf.cli.table import columns
 from hlrlhf.settings.errors import SettingsError
-from hlrlhf.settings.layers import Resolved
+from hlrlhf.settings.layers import Origin, Resolved
 from hlrlhf.settings.names import env_name
 
 
@@ -21,9 +26,19 @@ def show(
     template: options.Template = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show every setting with its value, its HL_* name and where the value came from."""
+    """Show every setting with its value, its HL_* name and where the value came from.
+
+    Piped, one line for each; on a terminal, lines that fit it.
+    """
     resolved = options.resolved(preset, config, flags, template, allow_missing=True)
-    print(_json(resolved) if as_json else _table(resolved))
+    if as_json:
+        print(_json(resolved))
+    elif sys.stdout.isatty():
+        # Narrower than this, a line holds no setting and its origin.
+        width = max(shutil.get_terminal_size().columns, 72)
+        print("\n".join(_screen(resolved, width)))
+    else:
+        print(_table(resolved))
     if resolved.missing:
         raise SettingsError(list(resolved.missing))
 
@@ -50,6 +65,63 @@ def _table(resolved: Resolved) -> str:
     ]
     rows += [(name, str(value), "", "derived") for name, value in _derived(resolved).items()]
     return columns(rows)
+
+
+def _screen(resolved: Resolved, width: int) -> Iterator[str]:
+    """The table in lines of at most `width`.
+
+    The names of variables and the folders of files are said once, below; a value that is too long
+    for its column stands whole in lines of its own.
+    """
+    places = {
+        given.origin.place.rpartition(":")[0]
+        for given in resolved.values.values()
+        if given.origin.kind in ("preset", "file")
+    }
+    files = _short(places)
+    rows = [("SETTING", "VALUE", "ORIGIN")]
+    rows += [
+        (name, _text(given.value), _origin(name, given.origin, files))
+        for name, given in resolved.values.items()
+    ]
+    rows += [(name, str(value), "derived") for name, value in _derived(resolved).items()]
+    first = max(len(name) for name, _, _ in rows)
+    last = min(max(len(origin) for _, _, origin in rows), 30)
+    middle = width - first - last - 4
+    for name, value, origin in rows:
+        cells = (value if len(value) <= middle else "", origin if len(origin) <= last else "")
+        yield f"{name:{first}}  {cells[0]:{middle}}  {cells[1]}".rstrip()
+        for text, cell in zip((value, origin), cells, strict=True):
+            if text != cell:
+                yield from _cut(text, width)
+    for place, short in files.items():
+        if place != short:
+            yield f"{short} is"
+            yield from _cut(place, width)
+    yield "Variables are HL_ and the name: HL_ACTOR_LEARNING_RATE is actor.learning_rate."
+
+
+def _short(places: set[str]) -> dict[str, str]:
+    """A file's name for each path, or the path where two files share a name."""
+    names = Counter(Path(place).name for place in places)
+    return {
+        place: Path(place).name if names[Path(place).name] == 1 else place
+        for place in sorted(places)
+    }
+
+
+def _origin(name: str, origin: Origin, files: dict[str, str]) -> str:
+    """An origin in few words."""
+    file, _, line = origin.place.rpartition(":")
+    if origin.kind in ("preset", "file"):
+        return f"{origin.kind} {files[file]}:{line}"
+    return origin.kind if origin.place == env_name(name) else str(origin)
+
+
+def _cut(text: str, width: int) -> Iterator[str]:
+    """`text` in indented pieces; a path has no spaces to break at."""
+    step = width - 4
+    return (f"    {text[start : start + step]}" for start in range(0, len(text), step))
 
 
 def _text(value: object) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -15,10 +17,14 @@ import typer
 
 from hlrlhf import demo, runs
 from hlrlhf.cli import options
-from hlrlhf.settings import SettingsError, layers
+from hlrlhf.settings import SettingsError, hints, layers
+from hlrlhf.settings.errors import printable
 from hlrlhf.settings.layers import Resolved
 from hlrlhf.slurm import client, script, states
 from hlrlhf.slurm.answers import STOPPED_EARLY
+
+# The settings outside `slurm.` that a job's request is made of.
+_REQUEST = ("num_nodes", "devices_per_node", "device")
 
 
 def submit(
@@ -56,6 +62,10 @@ def submit(
         from hlrlhf import local as launcher
 
         launcher.check(resolved)
+        hints.check_here(resolved, _made(resolved))
+    else:
+        for hint in hints.hints(resolved, _made(resolved), os.environ):
+            _say(f"hint: {hint}")
     if not (dry_run or test_only):
         demo.prepare(resolved)
     if dry_run:
@@ -73,6 +83,11 @@ def submit(
 
 def _say(words: str) -> None:
     print(f"hlrlhf: {words}", file=sys.stderr, flush=True)
+
+
+def _made(resolved: Resolved) -> list[Path]:
+    """The folders that are made before a run."""
+    return [demo.MODELS.absolute()] if resolved.preset == "demo" else []
 
 
 def _directory(resolved: Resolved) -> Path:
@@ -96,7 +111,8 @@ def _test_only(resolved: Resolved) -> str:
         file = Path(folder, "job.sbatch")
         text = script.render(resolved, _directory(resolved), os.environ)
         file.write_text(text, encoding="utf-8")
-        return client.estimate(file)
+        with _refusals_explained(resolved):
+            return client.estimate(file)
 
 
 def _submit(resolved: Resolved, *, as_json: bool) -> runs.Run:
@@ -110,7 +126,8 @@ def _submit(resolved: Resolved, *, as_json: bool) -> runs.Run:
     # Taken before, so that Slurm's own time of submission is not earlier.
     now = int(time.time())
     try:
-        job_id, cluster = client.submit(run.script)
+        with _refusals_explained(resolved):
+            job_id, cluster = client.submit(run.script)
     except client.NoAnswer:
         # A job must not lose its directory.
         _say(f"{run.directory} stays; it may be submitted: squeue --name={run.name}")
@@ -128,6 +145,22 @@ def _submit(resolved: Resolved, *, as_json: bool) -> runs.Run:
         raise
     _say(f"follow it: hlrlhf logs -f {run.name}")
     return run
+
+
+@contextlib.contextmanager
+def _refusals_explained(resolved: Resolved) -> Iterator[None]:
+    """Add to what Slurm refuses the settings that it was asked for with, as far as any were set."""
+    try:
+        yield
+    except client.Rejected as error:
+        asked = [
+            f"{name} = {given.value!r} ({given.origin})"
+            for name, given in resolved.values.items()
+            if name in _REQUEST or name.startswith("slurm.")
+            if not resolved.is_default(name) and given.value not in (None, [])
+        ]
+        words = f"set by {', '.join(asked) or 'nobody'}; `hlrlhf show` lists all settings"
+        raise client.Rejected(f"{error}\n{printable(words)}") from error
 
 
 def _make(resolved: Resolved) -> runs.Run:

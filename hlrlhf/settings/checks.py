@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from hlrlhf.settings.directives import refused_arguments, refused_lines
 from hlrlhf.settings.names import settings_by_name
 from hlrlhf.settings.schema import Settings
 
@@ -132,6 +133,10 @@ def contradictions(settings: Settings, values: Mapping[str, Given]) -> Iterator[
     )
     if len(memory) > 1:
         yield memory, "Slurm takes one of the three; set the others to nothing"
+    for what in refused_lines(settings.slurm.extra):
+        yield ("slurm.extra",), what
+    for what in refused_arguments(settings.slurm.srun_args):
+        yield ("slurm.srun_args",), what
     if settings.slurm.gres_type and not settings.gres_name:
         yield ("slurm.gres_type", "slurm.gres_name", "device"), "a type needs a gres name"
     for model, enabled in (

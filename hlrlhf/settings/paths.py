@@ -7,6 +7,7 @@ where the settings of a call come together.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 # Made by the run: always paths.
@@ -19,7 +20,7 @@ _OUTPUTS = {
 }
 # Read by the run: a path if it exists here or starts with ./ or ../, else a name (on the Hub, in a
 # registry, on PATH). A name on the Hub has one slash at most and no suffix of a file of data.
-_ON_HUB = {
+MODELS_AND_DATA = {
     "actor.model_path",
     "actor.tokenizer_path",
     "critic.model_path",
@@ -29,7 +30,9 @@ _ON_HUB = {
     "pretraining.path",
     "evaluation.path",
 }
-_INPUTS = _ON_HUB | {"container.image", "slurm.template", "environment.python"}
+_INPUTS = MODELS_AND_DATA | {"container.image", "slurm.template", "environment.python"}
+# The cache is meant to be a node's own, and the template is read where the script is made.
+ON_NODES = (_OUTPUTS | _INPUTS) - {"hpu.recipe_cache_path", "slurm.template"}
 _DATA_FILES = (".json", ".jsonl", ".parquet", ".csv")
 
 
@@ -44,8 +47,17 @@ def absolute(name: str, value: Any) -> Any:
         return path  # a command, even if a file here has the same name
     # A name never begins with a dot and a slash, so that may also be a path that is yet to be made.
     named = not path.startswith(("./", "../"))
-    if name in _ON_HUB:
+    if name in MODELS_AND_DATA:
         named = named and path.count("/") < 2 and not path.endswith(_DATA_FILES)
     if name in _OUTPUTS or not named or os.path.exists(path):  # noqa: PTH110 - Path raises on odd names
         return os.path.abspath(path)  # noqa: PTH100 - links stay; only dots go
     return path
+
+
+def among(values: Mapping[str, Any], names: set[str]) -> Iterator[tuple[str, str]]:
+    """The absolute paths in the settings `names`, each with its setting; a list may hold many."""
+    for name, value in values.items():
+        if name in names:
+            for path in value if isinstance(value, list) else [value]:
+                if isinstance(path, str) and path.startswith("/"):
+                    yield name, path

@@ -470,9 +470,13 @@ class Slurm(Group):
         json_schema_extra=unit("seconds"),
     )
     extra: list[Text] = Field(
-        [], description="Further directives, each as it stands after #SBATCH."
+        [],
+        description="Further directives, each as it stands after #SBATCH; none that a setting or "
+        "the script itself gives.",
     )
-    srun_args: list[Text] = Field([], description="Further arguments of srun, one each.")
+    srun_args: list[Text] = Field(
+        [], description="Further arguments of srun, one each; none that the script gives."
+    )
     template: Text | None = Field(
         None, description="Site template, a path or a name on the search path; unset: ours."
     )

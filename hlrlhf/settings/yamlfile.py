@@ -5,11 +5,16 @@ is 83, a partition ``1.10`` is 1.1, and where a key that stands twice silently l
 may happen to a setting: a plain scalar is the text that stands there, which the schema then turns
 into what the setting is, just as it does for text from the environment; only null is special.
 Doubled keys are refused.
+
+A few lines of aliases of aliases can stand for more values than a machine holds, and PyYAML's
+composer in C ends the process where brackets are nested too deeply. So a text is measured, event by
+event, before anything is made of it.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +22,14 @@ import yaml
 from yaml.reader import Reader
 
 from hlrlhf.settings.errors import Problem, SettingsError
+
+# All settings together are some thousand characters.
+LIMIT = 2**18
+DEPTH = 50
+
+
+class TooMuch(yaml.MarkedYAMLError):
+    """More than settings can be."""
 
 
 class Leaf(NamedTuple):
@@ -45,8 +58,9 @@ def value(text: str) -> Any:
     """One YAML value that stands alone, such as a list in a variable, by the rules of a file.
 
     Raises:
-        yaml.YAMLError: the text is not YAML.
+        yaml.YAMLError: the text is not YAML, or too much.
     """
+    _measure(text)
     loader = _Loader(text)
     try:
         return loader.get_single_data()
@@ -61,14 +75,17 @@ def read(path: Path) -> dict[str, Leaf]:
     (``actor.learning_rate: 1e-5``).
 
     Raises:
-        SettingsError: the file cannot be read, is not YAML (with line and column), holds no
-            mapping, or names a setting twice.
+        SettingsError: the file cannot be read, is not YAML or too much (with line and column),
+            holds no mapping, or names a setting twice.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(LIMIT + 1)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise SettingsError([Problem(str(path), f"cannot be read: {reason}")]) from error
+    if len(text) > LIMIT:
+        raise SettingsError([Problem(str(path), f"is longer than {LIMIT} characters")])
     control = Reader.NON_PRINTABLE.search(text)
     if control:
         before = text[: control.start()]
@@ -76,6 +93,7 @@ def read(path: Path) -> dict[str, Leaf]:
         raise SettingsError([Problem(where, f"not YAML: {control.group()!r} is not allowed")])
     loader = _Loader(text)
     try:
+        _measure(text)
         root = loader.get_single_node()
         leaves: dict[str, Leaf] = {}
         problems: list[Problem] = []
@@ -84,7 +102,8 @@ def read(path: Path) -> dict[str, Leaf]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
-        raise SettingsError([Problem(where, f"not YAML: {error.problem}")]) from error
+        kind = "" if isinstance(error, TooMuch) else "not YAML: "
+        raise SettingsError([Problem(where, f"{kind}{error.problem}")]) from error
     except (yaml.YAMLError, RecursionError) as error:
         raise SettingsError([Problem(str(path), f"not YAML: {error}")]) from error
     finally:
@@ -92,6 +111,40 @@ def read(path: Path) -> dict[str, Leaf]:
     if problems:
         raise SettingsError(problems)
     return leaves
+
+
+def _measure(text: str) -> None:
+    """Refuse a text that is too deep or, with its aliases written out, too long.
+
+    Raises:
+        yaml.YAMLError: the text is not YAML, or `TooMuch`.
+    """
+    sizes: dict[str | None, int] = {}  # of what has an anchor
+    levels = [0]  # the sizes of what is open so far, each without what is open in it
+    anchors: list[str | None] = []
+    events: Iterable[Any] = yaml.parse(text, Loader=_Loader)
+    for event in events:
+        mark, anchor = event.start_mark, getattr(event, "anchor", None)
+        if isinstance(event, yaml.CollectionStartEvent):
+            levels.append(0)
+            anchors.append(anchor)
+            if len(anchors) > DEPTH:
+                raise TooMuch(None, None, f"nested deeper than {DEPTH}", mark)
+            continue
+        if isinstance(event, yaml.CollectionEndEvent):
+            size, anchor = levels.pop(), anchors.pop()
+        elif isinstance(event, yaml.ScalarEvent):
+            size = len(event.value)
+        elif isinstance(event, yaml.AliasEvent):
+            size, anchor = sizes.get(anchor, 0), None
+        else:
+            continue
+        levels[-1] += size + 1
+        if anchor is not None:
+            sizes[anchor] = size
+        if levels[-1] > LIMIT:
+            problem = f"longer than {LIMIT} characters, with its aliases (*) written out"
+            raise TooMuch(None, None, problem, mark)
 
 
 def _flatten(

@@ -7,6 +7,7 @@ the user's own defaults of output formats and filters.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -54,10 +55,10 @@ def submit(script: Path, environ: Mapping[str, str] = os.environ) -> tuple[str, 
     Raises:
         SlurmError: Slurm could not be reached.
         NoAnswer: sbatch took too long, or what it printed is not a job id.
-        Rejected: sbatch refused the job.
+        Rejected: sbatch refused the job; says what was asked for.
     """
     done = _run(["sbatch", "--parsable", str(script)], environ)
-    _check(done)
+    _check_job(done, script)
     job = parse_submitted(done.stdout)
     if job is None:
         raise NoAnswer(f"sbatch printed no job id: {_words(done)}")
@@ -69,10 +70,10 @@ def estimate(script: Path, environ: Mapping[str, str] = os.environ) -> str:
 
     Raises:
         SlurmError: Slurm could not be reached.
-        Rejected: sbatch would refuse the job.
+        Rejected: sbatch would refuse the job; says what was asked for.
     """
     done = _run(["sbatch", "--test-only", str(script)], environ)
-    _check(done)
+    _check_job(done, script)
     return _words(done)
 
 
@@ -189,6 +190,26 @@ def _check(done: subprocess.CompletedProcess[str]) -> None:
     if done.returncode:
         words = _words(done)
         raise (SlurmError if _UNREACHABLE.search(words) else Rejected)(words)
+
+
+def _check_job(done: subprocess.CompletedProcess[str], script: Path) -> None:
+    try:
+        _check(done)
+    except Rejected as error:
+        words = f"Slurm refuses this job: {error}\nit asked for {' '.join(_request(script))}"
+        raise Rejected(words) from error
+
+
+def _request(script: Path) -> list[str]:
+    """The directives of a script but for those that only name its job and its files."""
+    own = tuple(f"#SBATCH --{name}=" for name in ("job-name", "chdir", "output", "open-mode"))
+    lines = script.read_text(encoding="utf-8").splitlines()
+    comments = itertools.takewhile(lambda line: line.startswith("#") or not line.strip(), lines)
+    return [
+        line.removeprefix("#SBATCH").strip()
+        for line in comments
+        if line.startswith("#SBATCH") and not line.startswith(own)
+    ]
 
 
 def _words(done: subprocess.CompletedProcess[str]) -> str:
