@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from cluster import Cluster, job_id
 
 from hlrlhf import runs
 from hlrlhf.runs import Job, Run
+from hlrlhf.slurm.states import look
 
 COMMAND = [sys.executable, "-c", "from hlrlhf.cli import main; main()", "cancel"]
 
@@ -62,6 +64,32 @@ def test_a_job_that_slurm_does_not_know_is_not_said_to_be_cancelled(
     assert "neither queue nor accounting know it" in done.stderr
     assert "asked Slurm" not in done.stderr
     assert cancel("--all").returncode == 0
+
+
+@pytest.mark.slurm
+def test_an_unknown_name_does_not_keep_the_others(
+    on_slurm: Cluster, submit: Callable[..., Run]
+) -> None:
+    run = submit("sleep 600")
+    on_slurm.wait(job_id(run), "RUNNING")
+    done = cancel("nowhere", "run")
+    assert done.returncode == 1
+    assert "nowhere: no such run" in done.stderr
+    on_slurm.wait(job_id(run), "CANCELLED")
+
+
+@pytest.mark.slurm
+def test_a_run_whose_directory_was_deleted(on_slurm: Cluster, submit: Callable[..., Run]) -> None:
+    run = submit("sleep 600")
+    on_slurm.wait(job_id(run), "RUNNING")
+    shutil.rmtree(run.directory)
+    (seen,) = look([runs.find("run")])
+    assert (seen.state, seen.reason) == ("RUNNING", "its directory was deleted")
+    assert runs.find(job_id(run)).name == "run"
+    # Its name stays taken, or a new run would hide it.
+    assert runs.create(run.directory.parent, "run").name == "run-2"
+    assert cancel("run").returncode == 0
+    on_slurm.wait(job_id(run), "CANCELLED")
 
 
 @pytest.mark.slurm

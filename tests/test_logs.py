@@ -75,11 +75,23 @@ def test_a_log_file_of_ones_own(run: Run, tmp_path: Path) -> None:
 
 def test_no_log_is_said(run: Run, tmp_path: Path) -> None:
     done = logs("run")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "run: no log yet\n")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr.startswith("run: no log yet: UNKNOWN")
     runs.create(tmp_path, "other")
     done = logs("other")
     assert (done.returncode, done.stdout) == (2, "")
     assert "was not submitted" in done.stderr
+
+
+@pytest.mark.slurm
+def test_an_ended_job_without_a_log(on_slurm: Cluster, submit: Callable[..., Run]) -> None:
+    run = submit("true", "--output=/nowhere/at/all/log")
+    on_slurm.wait(job_id(run), "FAILED")
+    for done in (logs("run"), logs("-f", "run")):
+        assert (done.returncode, done.stdout) == (0, "")
+        assert "run: ended without a log: FAILED" in done.stderr
+        assert "HL_BASE_OUT_PATH" in done.stderr
+        assert f"sacct -j {job_id(run)}" in done.stderr
 
 
 @pytest.mark.slurm
@@ -119,4 +131,4 @@ def test_following_a_job_that_has_ended_prints_it_and_ends(
     on_slurm.wait(job_id(run), "FAILED")
     done = logs("-f", "run")
     assert (done.returncode, done.stdout) == (0, "from the shell\n")
-    assert done.stderr.endswith("run: FAILED\n")
+    assert "run: FAILED" in done.stderr

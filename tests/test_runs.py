@@ -224,9 +224,11 @@ def test_the_last_whole_line_of_metrics_counts(tmp_path: Path) -> None:
             file.write(json.dumps({"step": step, "padding": "x" * 100}) + "\n")
         file.write(json.dumps(line) + "\n")
         file.write('{"step": 4, "rew')
-    assert runs.progress(run) == runs.Progress(3, 10, 1, 0.5, 70.5)
+    found = runs.progress(run)
+    assert found == runs.Progress(3, 10, 1, 0.5, 70.5, run.metrics.stat().st_mtime)
     run.metrics.write_text('{"step": 1, "reward": NaN, "total_steps": "ten"}\n[]\nnull\n')
-    assert runs.progress(run) == runs.Progress(1, None, 0, None, None)
+    found = runs.progress(run)
+    assert found == runs.Progress(1, None, 0, None, None, run.metrics.stat().st_mtime)
 
 
 @given(st.lists(st.binary(max_size=40) | st.just(b'{"step": 7}') | st.just(b'{"step": 1e999}')))

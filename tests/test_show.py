@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import pty
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import terminal
 
 from hlrlhf.cli import main
 from hlrlhf.settings.names import env_name, settings_by_name
@@ -106,19 +102,7 @@ def test_wrong_settings_show_nothing(show: Any) -> None:
 
 def on_terminal(*arguments: str, **environ: str) -> list[str]:
     """The lines that `hlrlhf show` prints on a terminal of 80 columns."""
-    ours, its = pty.openpty()
-    command = [sys.executable, "-m", "hlrlhf", "show", *arguments]
-    process = subprocess.Popen(
-        command, stdout=its, env=os.environ | MANDATORY | {"COLUMNS": "80"} | environ
-    )
-    os.close(its)
-    text = b""
-    with contextlib.suppress(OSError):  # Linux's end of a terminal
-        while some := os.read(ours, 65536):
-            text += some
-    os.close(ours)
-    assert process.wait() == 0
-    return text.decode().splitlines()
+    return terminal.on_terminal("show", *arguments, **MANDATORY | environ)
 
 
 def whole(lines: list[str], name: str) -> str:

@@ -17,6 +17,7 @@ import pytest
 from cluster import LEAVE, Cluster, until
 
 from hlrlhf import runs
+from hlrlhf.cli import main
 from hlrlhf.settings.layers import load
 from hlrlhf.slurm.states import look
 
@@ -274,6 +275,26 @@ def test_slurm_away(on_slurm: Cluster, settings: Path, tmp_path: Path) -> None:
     done = submit(SLURM_CONF=str(away))
     assert (done.returncode, done.stdout) == (3, "")
     assert nothing_left(settings)
+
+
+@pytest.mark.slurm
+def test_a_clock_that_is_ahead_of_slurms(
+    on_slurm: Cluster,
+    settings: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It is said, and the job is found again: its time of submission is Slurm's own."""
+    ahead = time.time() + 7200
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(time, "time", lambda: ahead)
+        patch.setattr("sys.argv", ["hlrlhf", "submit"])
+        main()
+    assert ended.value.code == 0
+    assert re.search(r"clock is 7\d\d\d s ahead of Slurm's", capsys.readouterr().err)
+    (run,) = runs.every()
+    (state,) = look([run])
+    assert state.state in ("PENDING", "RUNNING", "COMPLETED")
 
 
 @pytest.mark.slurm

@@ -24,23 +24,33 @@ def cancel(
     """Stop runs: a Slurm job is cancelled, a run on this machine is asked to save and stop."""
     if bool(names) == everything:
         raise typer.BadParameter("give the runs to cancel, or --all")
-    chosen = [runs.find(name) for name in names] if names else runs.every()
     clusters: dict[str | None, dict[str, str]] = {}
     failed = False
+    chosen = [] if names else runs.every()
+    for name in names or []:
+        try:
+            chosen.append(runs.find(name))
+        except runs.RunError as error:
+            # A name that is wrong must not keep the others running.
+            _say("hlrlhf", str(error))
+            failed = True
+    if failed and not chosen:
+        raise typer.Exit(2)
     for run, state in zip(chosen, states.look(chosen), strict=True):
         try:
             job = run.job()
             if job is None or state.ended:
                 if not everything:
                     _say(run.name, f"has ended already: {state.state}" if job else state.reason)
+            elif state.state == UNKNOWN:
+                # The id may be that of another job or process since, which is not ours to end.
+                if not everything:
+                    _say(run.name, f"was not cancelled: {state.reason}")
+                    failed = True
             elif job.kind == "local":
                 _say(run.name, "asked to stop" if run.terminate() else "has ended already")
-            elif state.state != UNKNOWN:
+            else:
                 clusters.setdefault(job.cluster, {})[job.id] = run.name
-            elif not everything:
-                # Slurm may have given the id to another job since, which is not ours to cancel.
-                _say(run.name, f"was not cancelled: {state.reason}")
-                failed = True
         except runs.RunError as error:
             _say("hlrlhf", str(error))
             failed = True

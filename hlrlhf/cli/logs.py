@@ -9,7 +9,10 @@ from typing import Annotated
 import typer
 
 from hlrlhf import runs
+from hlrlhf.settings.errors import printable
 from hlrlhf.slurm import states
+from hlrlhf.slurm.answers import State
+from hlrlhf.slurm.client import SlurmError
 
 _CHUNK = 1 << 20
 
@@ -37,8 +40,7 @@ def logs(
     log = _Log(chosen)
     if not follow:
         log.copy()
-        if not log.copied:
-            print(f"{', '.join(names or ['hlrlhf'])}: no log yet", file=sys.stderr)
+        log.say_where_there_is_none()
         return
     try:
         for seen in states.poll(chosen, meanwhile=log.copy):
@@ -46,7 +48,9 @@ def logs(
             log.copy()
             if all(state.ended for state in seen):
                 for run, state in zip(chosen, seen, strict=True):
-                    print(f"{run.name}: {state.state}", file=sys.stderr)
+                    why = f" ({state.reason})" if state.reason else ""
+                    print(f"{run.name}: {state.state}{printable(why)}", file=sys.stderr)
+                log.say_where_there_is_none()
                 return
     except KeyboardInterrupt:
         return
@@ -77,6 +81,29 @@ class _Log:
                         sys.stdout.buffer.write(chunk)
                         self.copied[path] = file.tell()
         sys.stdout.flush()
+
+    def say_where_there_is_none(self) -> None:
+        """Say on standard error of which runs nothing was copied, and where to look instead."""
+        mute = [
+            (run, job)
+            for run, job in self._jobs
+            if not self.copied.keys() & set(runs.log_files(run, job))
+        ]
+        if not mute:
+            return
+        try:
+            seen = states.look([run for run, _ in mute])
+        except SlurmError as error:
+            seen = [State(reason=str(error))] * len(mute)
+        for (run, job), state in zip(mute, seen, strict=True):
+            words = f"no log yet: {state.state}"
+            if state.ended:
+                words = f"ended without a log: {state.state}"
+            if state.reason:
+                words += f" ({state.reason})"
+            if state.ended and job.kind == "slurm":
+                words += f"; `sacct -j {job.id}` and the node's own log of slurmd may say more"
+            print(f"{run.name}: {printable(words)}", file=sys.stderr)
 
     def _head(self, path: Path, job: runs.Job) -> None:
         """Say on standard error which file follows, when there is more than one."""

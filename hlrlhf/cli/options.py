@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+import time
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -34,6 +37,24 @@ Template = Annotated[
         "--template", metavar="FILE", help="Site template; short for --set slurm.template=FILE."
     ),
 ]
+
+
+def moment(text: str) -> float:
+    """A point in time, in Unix seconds: so long ago (``90m``, ``12h``, ``7d``), or a date.
+
+    Raises:
+        BadParameter: it is neither.
+    """
+    if match := re.fullmatch(r"([0-9]{1,6})([mhdw])", text):
+        unit = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}[match[2]]
+        return time.time() - int(match[1]) * unit
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except (ValueError, OverflowError, OSError) as error:
+        raise typer.BadParameter(
+            f"{text!r} is neither a time ago, such as 90m, 12h, 7d or 2w, nor a date, such as "
+            "2026-11-30 or 2026-11-30T18:00"
+        ) from error
 
 
 def resolved(

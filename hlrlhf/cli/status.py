@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+import textwrap
 import time
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from hlrlhf import runs
+from hlrlhf.cli import options
 from hlrlhf.cli.table import columns
 from hlrlhf.slurm import states
 from hlrlhf.slurm.answers import State
+from hlrlhf.slurm.client import SlurmError
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-HEAD = ("RUN", "JOB", "STATE", "STEP", "REWARD", "ELAPSED", "LEFT", "RESTARTS", "NODES", "WHY")
+HEAD = ("RUN", "JOB", "STATE", "STEP", "AGE", "REWARD", "ELAPSED", "LEFT", "RESTARTS", "NODES")
+# What goes first where a terminal is too narrow for all.
+_DISPENSABLE = ("NODES", "RESTARTS", "ELAPSED", "LEFT", "REWARD", "JOB", "AGE", "STEP")
+_NEWEST = 20
 
 
 def status(
@@ -26,22 +30,75 @@ def status(
         list[str] | None,
         typer.Argument(metavar="[RUN]...", help="Names, directories or job ids; all runs if none."),
     ] = None,
+    running: Annotated[
+        bool, typer.Option("--running", help="Those that wait or run, alone.")
+    ] = False,
+    failed: Annotated[
+        bool, typer.Option("--failed", help="Those that ended without success, alone.")
+    ] = False,
+    since: Annotated[
+        str | None,
+        typer.Option(metavar="WHEN", help="Those made since a date, or at most 12h, 7d ago."),
+    ] = None,
+    newest: Annotated[
+        int | None,
+        typer.Option(
+            "--newest",
+            "-n",
+            min=0,
+            help=f"At most so many that have ended; 0 for all. {_NEWEST} if nothing is asked for.",
+        ),
+    ] = None,
     watch: Annotated[
         bool, typer.Option("--watch", help="Look again every few seconds until all have ended.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
 ) -> None:
-    """Show what became of the runs: their jobs' states, and how far they have got."""
+    """Show what became of the runs, the newest first: their jobs' states, and how far they are."""
     if watch and as_json:
         raise typer.BadParameter("--watch and --json do not go together")
-    chosen = [runs.find(name) for name in names] if names else runs.every()
+    if names:
+        if running or failed or since or newest is not None:
+            raise typer.BadParameter("give runs, or --running, --failed, --since and --newest")
+        chosen = [runs.find(name) for name in names]
+    else:
+        limit = options.moment(since) if since else 0
+        chosen = [run for run in reversed(runs.every()) if run.made_at >= limit]
+        if running:
+            chosen = states.live(chosen)
+        elif newest is None and not (failed or since):
+            newest = _NEWEST
+    known: dict[runs.Run, State] = {}
+    if failed:
+        known = dict(zip(chosen, states.look(chosen), strict=True))
+        chosen = [run for run in chosen if known[run].ended and known[run].state != "COMPLETED"]
+    chosen = _newest(chosen, newest)
     if not watch:
-        _show([_Line.of(*pair) for pair in zip(chosen, states.look(chosen), strict=True)], as_json)
+        seen = [known[run] for run in chosen] if failed else states.look(chosen)
+        _show([_Line.of(*pair) for pair in zip(chosen, seen, strict=True)], as_json)
     else:
         try:
             _watch(chosen)
         except KeyboardInterrupt:
             return
+
+
+def _newest(chosen: list[runs.Run], newest: int | None) -> list[runs.Run]:
+    """The first so many, and those behind them that wait or run; says what it leaves out."""
+    if not newest or len(chosen) <= newest:
+        return chosen
+    older = chosen[newest:]
+    try:
+        live = states.live(older)
+    except SlurmError:
+        live = []
+    left_out = len(older) - len(live)
+    if left_out:
+        print(
+            f"{left_out} older runs are left out; -n 0 shows them, hlrlhf forget drops them",
+            file=sys.stderr,
+        )
+    return chosen[:newest] + live
 
 
 @dataclass(frozen=True)
@@ -67,8 +124,17 @@ class _Line:
 
     @property
     def seconds_left(self) -> float | None:
-        running = self.state.state == "RUNNING"
-        return self.progress.seconds_left if self.progress and running else None
+        """To the end of the run."""
+        return self.progress.seconds_left if self.progress and self._runs else None
+
+    @property
+    def step_age(self) -> float | None:
+        """Seconds since the last step, by which a run that hangs shows."""
+        return max(0, time.time() - self.progress.written) if self.progress and self._runs else None
+
+    @property
+    def _runs(self) -> bool:
+        return self.state.state == "RUNNING"
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON form."""
@@ -83,6 +149,7 @@ class _Line:
             "ended": self.state.ended,
             "step": progress.step if progress else None,
             "total_steps": progress.total_steps if progress else None,
+            "step_age": self.step_age,
             "reward": progress.reward if progress else None,
             "seconds_left": self.seconds_left,
         }
@@ -95,24 +162,32 @@ class _Line:
             total = "?" if progress.total_steps is None else progress.total_steps
             step = f"{progress.step}/{total}"
         reward = progress.reward if progress else None
-        job = self.job.log_id if self.job else "-"
-        why = state.reason
-        if state.ended and state.exit_code:
-            why = f"{why} (exit code {state.exit_code})".lstrip()
         texts = (
             self.run.name,
-            job,
+            self.job.log_id if self.job else "-",
             state.state,
             step,
+            _time(self.step_age),
             "-" if reward is None else f"{reward:.3f}",
             _time(state.elapsed),
             _time(self.seconds_left),
             str(state.restarts),
             state.node_list or "-",
-            why or "-",
         )
-        # Names and reasons come from files and from Slurm; none may steer the terminal.
-        return tuple("".join(c if c.isprintable() else "?" for c in text) for text in texts)
+        return tuple(map(_plain, texts))
+
+    @property
+    def why(self) -> str:
+        """Why it is in its state; may be empty."""
+        why = self.state.reason
+        if self.state.ended and self.state.exit_code:
+            why = f"{why} (exit code {self.state.exit_code})".lstrip()
+        return _plain(why)
+
+
+def _plain(text: str) -> str:
+    """Without what could steer the terminal: names and reasons come from files and from Slurm."""
+    return "".join(char if char.isprintable() else "?" for char in text)
 
 
 def _show(lines: list[_Line], as_json: bool) -> None:
@@ -121,11 +196,10 @@ def _show(lines: list[_Line], as_json: bool) -> None:
     elif not lines:
         print("no runs", file=sys.stderr)
     elif sys.stdout.isatty():
-        from rich.console import Console
-
-        Console().print(_table(lines))
+        print(_fitted(lines, shutil.get_terminal_size().columns))
     else:
-        print(columns([HEAD, *(line.as_row() for line in lines)]))
+        rows = [(*HEAD, "WHY"), *((*line.as_row(), line.why or "-") for line in lines)]
+        print(columns(rows))
 
 
 def _watch(chosen: list[runs.Run]) -> None:
@@ -135,12 +209,18 @@ def _watch(chosen: list[runs.Run]) -> None:
     )
     if sys.stdout.isatty():
         from rich.live import Live
+        from rich.text import Text
 
         with Live(auto_refresh=False) as live:
             for lines in looks:
-                live.update(_table(lines), refresh=True)
+                width, height = shutil.get_terminal_size()
+                # The newest stay in sight: what is too high is cut below.
+                fitted = _fitted(lines, width).split("\n")[: height - 1]
+                text = Text("\n".join(fitted), no_wrap=True, overflow="fold")
+                live.update(text, refresh=True)
                 if all(line.state.ended for line in lines):
                     return
+        return
     shown = None
     for lines in looks:
         # Elapsed time alone is no news.
@@ -154,14 +234,23 @@ def _watch(chosen: list[runs.Run]) -> None:
             return
 
 
-def _table(lines: list[_Line]) -> Table:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(*HEAD, box=None, header_style="bold")
-    for line in lines:
-        table.add_row(*(Text(text) for text in line.as_row()))
-    return table
+def _fitted(lines: list[_Line], width: int) -> str:
+    """As many columns as `width` has room for, names whole, and under each run why it is so."""
+    rows = [HEAD, *(line.as_row() for line in lines)]
+    kept = list(HEAD)
+    for name in ("", *_DISPENSABLE):
+        kept = [other for other in kept if other != name]
+        places = [HEAD.index(other) for other in kept]
+        table = columns([[row[place] for place in places] for row in rows]).split("\n")
+        if max(map(len, table)) <= width:
+            break
+    shown = [table[0]]
+    for row, line in zip(table[1:], lines, strict=True):
+        shown.append(row)
+        shown += textwrap.wrap(
+            line.why, width, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False
+        )
+    return "\n".join(shown)
 
 
 def _time(seconds: float | None) -> str:

@@ -86,19 +86,38 @@ class Run:
         """One JSON object a step."""
         return self.directory / "metrics.jsonl"
 
+    @property
+    def job_copy(self) -> Path | None:
+        """A copy of ``job.json`` in the index, which outlives the directory."""
+        return None if self.link is None else self.link.parent.with_name("jobs") / self.link.name
+
+    @property
+    def made_at(self) -> float:
+        """When the run was made, in Unix seconds: the index never changes a link."""
+        return (self.link or self.directory).lstat().st_mtime
+
+    @property
+    def is_deleted(self) -> bool:
+        """Whether the directory is gone."""
+        return not self.directory.is_dir()
+
     def record(self, job: Job) -> None:
-        """Write ``job.json``.
+        """Write ``job.json``, and its copy in the index.
 
         Raises:
             RunError: it cannot be written.
         """
-        try:
-            # Written whole beside it and renamed, so that no reader sees half of it.
-            draft = self.directory / "job.json.new"
-            draft.write_text(json.dumps(asdict(job)) + "\n", encoding="utf-8")
-            draft.replace(self.job_file)
-        except OSError as error:
-            raise RunError(f"{self.job_file}: {error.strerror}") from error
+        text = json.dumps(asdict(job)) + "\n"
+        for file in filter(None, (self.job_file, self.job_copy)):
+            try:
+                if file == self.job_copy:
+                    file.parent.mkdir(exist_ok=True)
+                # Written whole beside it and renamed, so that no reader sees half of it.
+                draft = file.with_name(f".{file.name}.new")
+                draft.write_text(text, encoding="utf-8")
+                draft.replace(file)
+            except OSError as error:
+                raise RunError(f"{file}: {error.strerror}") from error
 
     def job(self) -> Job | None:
         """The run's job, or None when it was never submitted.
@@ -106,21 +125,24 @@ class Run:
         Raises:
             RunError: ``job.json`` cannot be understood.
         """
+        file = self.job_file
+        if self.job_copy is not None and self.is_deleted:
+            file = self.job_copy
         try:
-            fields = json.loads(self.job_file.read_text(encoding="utf-8"))
+            fields = json.loads(file.read_text(encoding="utf-8"))
             job = Job(
                 fields["kind"], str(fields["id"]), fields["cluster"], int(fields["submitted"])
             )
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise RunError(f"{self.job_file}: {error.strerror}") from error
+            raise RunError(f"{file}: {error.strerror}") from error
         except (ValueError, TypeError, KeyError) as error:
-            raise RunError(f"{self.job_file}: not a job's record") from error
+            raise RunError(f"{file}: not a job's record") from error
         # Both go into commands, and the id into file names.
         plain = re.fullmatch(r"[0-9]+ (None|[\w.-]+)", f"{job.id} {job.cluster}", re.ASCII)
         if job.kind not in ("slurm", "local") or not plain:
-            raise RunError(f"{self.job_file}: not a job's record")
+            raise RunError(f"{file}: not a job's record")
         return job
 
     def is_held(self) -> bool:
@@ -172,9 +194,21 @@ class Run:
     def discard(self) -> None:
         """Remove the run and everything that `create` made for it."""
         shutil.rmtree(self.directory, ignore_errors=True)
-        if self.link is not None:
-            self.link.unlink(missing_ok=True)
+        self.forget()
         remove_empty(self.made)
+
+    def forget(self) -> None:
+        """Take the run out of the index; the directory stays.
+
+        Raises:
+            RunError: the index cannot be changed.
+        """
+        try:
+            # The link last: without it nothing would find the copy.
+            for file in filter(None, (self.job_copy, self.link)):
+                file.unlink(missing_ok=True)
+        except OSError as error:
+            raise RunError(f"{error.filename}: {error.strerror}") from error
 
 
 def remove_empty(folders: Iterable[Path]) -> None:

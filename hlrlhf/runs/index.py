@@ -1,7 +1,8 @@
 """Making runs and finding them again, wherever their directories are.
 
-The index is a folder of links, one to each run directory, in the user's state folder. A link
-that leads nowhere is a run that was deleted.
+The index is a folder of links, one to each run directory, in the user's state folder, and beside it
+a folder of copies of their jobs' records. A link that leads nowhere is a run that was deleted; it
+stays known while its job's record is there, so that the job can be cancelled.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def create(base: Path, tag: str, environ: Mapping[str, str] = os.environ) -> Run
         with _locked(index):
             for name in itertools.chain([tag], (f"{tag}-{n}" for n in itertools.count(2))):
                 link = index / name
-                if link.exists():
+                if _entry(link) is not None:
                     continue
                 try:
                     (base / name).mkdir()
@@ -68,10 +69,8 @@ def every(environ: Mapping[str, str] = os.environ) -> list[Run]:
         links = list(_folder(environ).iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return []
-    links = [link for link in links if link.is_symlink() and link.is_dir()]
-    # A link is never changed, so its time is that of the run's making.
-    links.sort(key=lambda link: link.lstat().st_mtime_ns)
-    return [Run(link.readlink(), link) for link in links]
+    found = [run for link in links if (run := _entry(link))]
+    return sorted(found, key=lambda run: run.made_at)
 
 
 def find(name: str, environ: Mapping[str, str] = os.environ) -> Run:
@@ -89,7 +88,8 @@ def find(name: str, environ: Mapping[str, str] = os.environ) -> Run:
     if os.sep in name or name in (".", ".."):
         if not _is_run(path):
             raise RunError(f"{name}: not a run directory")
-        return next((run for run in runs if run.directory.samefile(path)), Run(path))
+        own = path.stat()
+        return next((run for run in runs if _is_at(run.directory, own)), Run(path))
     found = [run for run in runs if name == run.name]
     if name.isdigit():
         found += [run for run in runs if run not in found and _job_id(run) == name]
@@ -102,6 +102,24 @@ def find(name: str, environ: Mapping[str, str] = os.environ) -> Run:
         near = difflib.get_close_matches(name, [run.name for run in runs], n=1)
         raise RunError(f"{name}: no such run" + (f"; did you mean {near[0]}?" if near else ""))
     return found[0]
+
+
+def _entry(link: Path) -> Run | None:
+    """The run behind a link of the index; None where there is none, or nothing is left of it."""
+    try:
+        run = Run(link.readlink(), link)
+    except OSError:
+        return None
+    if run.is_deleted and not (run.job_copy and run.job_copy.exists()):
+        return None
+    return run
+
+
+def _is_at(directory: Path, own: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(directory.stat(), own)
+    except OSError:
+        return False
 
 
 def _folder(environ: Mapping[str, str]) -> Path:

@@ -28,6 +28,7 @@ class Progress:
         attempt: the attempt that did it, from 0.
         reward: mean score of the step's answers.
         seconds_left: to the end of the run, as guessed at that step.
+        written: when, in Unix seconds.
     """
 
     step: int
@@ -35,6 +36,7 @@ class Progress:
     attempt: int
     reward: float | None
     seconds_left: float | None
+    written: float
 
 
 def progress(run: Run) -> Progress | None:
@@ -44,6 +46,7 @@ def progress(run: Run) -> Progress | None:
     """
     try:
         with run.metrics.open("rb") as file:
+            written = os.fstat(file.fileno()).st_mtime
             end = file.seek(0, os.SEEK_END)
             file.seek(max(0, end - _TAIL))
             lines = file.read().split(b"\n")
@@ -62,6 +65,7 @@ def progress(run: Run) -> Progress | None:
                 attempt=int(_number(record, "attempt") or 0),
                 reward=_number(record, "reward"),
                 seconds_left=_number(record, "seconds_left"),
+                written=written,
             )
     return None
 

@@ -7,6 +7,7 @@ earlier than ours, and what nobody knows is UNKNOWN, which is never an end.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ from hlrlhf.slurm.client import SlurmError
 SKEW = 60
 # Jobs that one command is asked about: an argument has a largest length.
 _AT_ONCE = 1000
+_DELETED = "its directory was deleted"
 # With --watch, --wait and -f: pauses between two looks, and the longest one while Slurm is away.
 INTERVAL = 5.0
 _LONGEST = 60.0
@@ -49,16 +51,44 @@ def look(runs: Sequence[Run], environ: Mapping[str, str] = os.environ) -> list[S
             continue
         if job is None:
             states[run] = State(reason="was not submitted")
+        elif job.kind == "local" and run.is_deleted:
+            states[run] = State(reason=_DELETED)
         elif job.kind == "local":
             states[run] = _local(run, job)
         else:
             clusters.setdefault(job.cluster, []).append((run, job))
     for cluster, pairs in clusters.items():
-        for begin in range(0, len(pairs), _AT_ONCE):
-            some = pairs[begin : begin + _AT_ONCE]
+        for some in _batches(pairs):
             for (run, _), state in zip(some, _on_cluster(some, cluster, environ), strict=True):
                 states[run] = state
     return [states[run] for run in runs]
+
+
+def live(runs: Sequence[Run], environ: Mapping[str, str] = os.environ) -> list[Run]:
+    """Those of the runs that wait or run now, in the same order; asks the queues alone.
+
+    Raises:
+        SlurmError: there is a Slurm job among them, and a queue does not answer.
+    """
+    found: set[Run] = set()
+    clusters: dict[str | None, list[tuple[Run, Job]]] = {}
+    for run in runs:
+        with contextlib.suppress(RunError):
+            job = run.job()
+            if job is None:
+                continue
+            if job.kind == "slurm":
+                clusters.setdefault(job.cluster, []).append((run, job))
+            elif run.is_held():
+                found.add(run)
+    for cluster, pairs in clusters.items():
+        for some in _batches(pairs):
+            queued = parse_queue(client.queue([job.id for _, job in some], cluster, environ))
+            for run, job in some:
+                state = queued.get(job.id)
+                if state is not None and not state.ended and _is_ours(job, state):
+                    found.add(run)
+    return [run for run in runs if run in found]
 
 
 def submitted(
@@ -107,6 +137,11 @@ def poll(
             yield states
 
 
+def _batches(pairs: Sequence[tuple[Run, Job]]) -> Iterator[Sequence[tuple[Run, Job]]]:
+    for begin in range(0, len(pairs), _AT_ONCE):
+        yield pairs[begin : begin + _AT_ONCE]
+
+
 def _on_cluster(
     pairs: Sequence[tuple[Run, Job]], cluster: str | None, environ: Mapping[str, str]
 ) -> Iterator[State]:
@@ -146,6 +181,9 @@ def _on_cluster(
                 f"Slurm's job {job.id} was submitted {early} s before this run was: it is another "
                 "job, or the clock of the machine that submitted was ahead"
             )
+            state = replace(state, reason=reason)
+        if run.is_deleted:
+            reason = "; ".join(part for part in (state.reason, _DELETED) if part)
             state = replace(state, reason=reason)
         yield state
 
