@@ -262,11 +262,12 @@ SlurmctldLogFile={here}/slurmctld.log
 SlurmdLogFile={here}/slurmd-%n.log
 {storage}
 GresTypes=hpu
-NodeName=n1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={n1} CPUs=16 Gres=hpu:8
-NodeName=n2 NodeHostname=localhost NodeAddr=127.0.0.1 Port={n2} CPUs=16 Gres=hpu:8
+NodeName=n1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={n1} CPUs=64 Gres=hpu:8
+NodeName=n2 NodeHostname=localhost NodeAddr=127.0.0.1 Port={n2} CPUs=64 Gres=hpu:8
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 PartitionName=main Nodes=n1,n2 Default=YES MaxTime=UNLIMITED State=UP PreemptMode=OFF
+PartitionName=gaudi Nodes=n1,n2 MaxTime=UNLIMITED State=UP PreemptMode=OFF
 PartitionName=low Nodes=n1,n2 MaxTime=UNLIMITED State=UP GraceTime=60
 PartitionName=high Nodes=n1,n2 MaxTime=UNLIMITED State=UP PriorityTier=2 PreemptMode=OFF
 """
