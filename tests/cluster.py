@@ -9,15 +9,17 @@ machine's own Slurm is touched. The daemons end with the test session, even when
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from hlrlhf.runs import Run
@@ -119,6 +121,24 @@ class Cluster:
             seconds,
         )
         return self.job(job_id)["JobState"]
+
+    @contextlib.contextmanager
+    def without(self, node: str) -> Iterator[None]:
+        """The cluster while its controller takes a node for dead whose processes live on."""
+        (slurmd,) = (daemon for daemon in self._daemons if daemon.args[-1] == node)  # type: ignore[index]
+        slurmd.send_signal(signal.SIGSTOP)
+        try:
+            self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=broken")
+            yield
+        finally:
+            slurmd.send_signal(signal.SIGCONT)
+            idle = ("sinfo", "-h", "-p", "main", "-n", node, "-o", "%T")
+
+            def back() -> bool:
+                self.run("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)
+                return self.run(*idle).strip() == "idle"
+
+            until(back, f"{node} to come back")
 
     def start_now(self, job_id: str) -> None:
         """Start a requeued job soon, rather than after Slurm's two minutes.

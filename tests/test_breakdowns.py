@@ -1,0 +1,130 @@
+"""The real trainer on a real cluster that breaks."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from cluster import Cluster, job_id, until
+from ranks import read_lines
+
+from hlrlhf import runs
+from hlrlhf.runs import Run
+from hlrlhf.slurm.states import look
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+
+Start = Callable[..., Run]
+
+
+@pytest.fixture
+def start(
+    on_slurm: Cluster, demo_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Start:
+    """Submit a run on the demo's models; it has taken a step when this returns."""
+    monkeypatch.chdir(tmp_path)
+
+    def start(*flags: str) -> Run:
+        every = (
+            f"base_out_path={tmp_path / 'runs'}",
+            f"actor.model_path={demo_models / 'actor'}",
+            f"critic.model_path={demo_models / 'reward'}",
+            f"dataset.path={demo_models / 'prompts' / 'train.jsonl'}",
+            f"environment.python={sys.executable}",
+            "tag=run",
+            "epochs=99",
+            *flags,
+        )
+        submit = ["submit", "--preset", "demo", *(f"--set={flag}" for flag in every)]
+        hlrlhf(*submit)
+        run = runs.find("run")
+        until(lambda: steps(run), "the first step", 120)
+        return run
+
+    return start
+
+
+def hlrlhf(*arguments: str) -> str:
+    command = [sys.executable, "-m", "hlrlhf", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def steps(run: Run) -> list[tuple[int, int]]:
+    """Attempt and step of each whole line of metrics."""
+    if not run.metrics.exists():
+        return []
+    text = run.metrics.read_text()
+    lines = run.metrics.with_name("whole")
+    lines.write_text(text[: text.rfind("\n") + 1])
+    return [(line["attempt"], line["step"]) for line in read_lines(lines)]
+
+
+def process(run: Run, rank: int, attempt: int = 0) -> int | None:
+    """The process id of a rank, while it lives."""
+    wanted = {f"RANK={rank}", f"HLRLHF_ATTEMPT={attempt}", f"HLRLHF_JOB={job_id(run)}"}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            command = (folder / "cmdline").read_bytes().split(b"\0")
+            if command[1:3] == [b"-m", b"hlrlhf.trainer"] and wanted <= set(
+                (folder / "environ").read_text().split("\0")
+            ):
+                return int(folder.name)
+    return None
+
+
+def test_a_killed_rank_is_named(on_slurm: Cluster, start: Start) -> None:
+    run = start("num_nodes=2", "devices_per_node=1", "mbs=16")
+    os.kill(process(run, rank=1) or 0, signal.SIGKILL)
+    on_slurm.wait(job_id(run), "FAILED")
+    until(lambda: look([run])[0].finished, "accounting")
+    (state,) = look([run])
+    assert (state.state, state.exit_code) == ("FAILED", 137)
+    assert "rank 1 on" in state.reason
+    assert "SIGKILL" in state.reason
+    # The cause first, and what srun says of it behind it.
+    log = hlrlhf("logs", "run")
+    assert log.index("error: rank 1 on") < log.index("srun: error")
+
+
+def test_an_attempt_on_a_node_that_was_taken_for_dead_leaves_the_run_to_the_next(
+    on_slurm: Cluster, start: Start
+) -> None:
+    run = start("devices_per_node=1", "mbs=32", "slurm.requeue=true", "slurm.nodelist=n1")
+    job = job_id(run)
+    on_slurm.run("scontrol", "update", f"JobId={job}", "ReqNodeList=")
+    with on_slurm.without("n1"):
+        on_slurm.run("scontrol", "update", f"JobId={job}", "ReqNodeList=n2")
+        on_slurm.start_now(job)
+        assert process(run, rank=0) is not None, "it lives on"
+        until(lambda: process(run, rank=0) is None, "the end of the older attempt", 120)
+        until(lambda: (1, 2) in steps(run), "two steps of the newer one", 120)
+        attempts = [attempt for attempt, _ in steps(run)]
+        assert attempts == sorted(attempts), "the older one wrote nothing beside the newer"
+        on_slurm.run("scancel", job)
+        on_slurm.wait(job, "CANCELLED")
+    said = runs.Attempt(run, job, 0).heard()
+    assert said is not None
+    assert "a newer attempt at this run has begun" in said.why
+    saved = [folder.name for folder in (run.directory / "checkpoints").iterdir()]
+    assert len(saved) == 1, "by the newer one, when it was cancelled"
+
+
+def test_a_preempted_run_saves_within_its_grace(on_slurm: Cluster, start: Start) -> None:
+    flags = ("slurm.partition=low", "slurm.exclusive=true", "devices_per_node=1", "mbs=32")
+    run = start(*flags)
+    on_slurm.run("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--wrap=true")
+    on_slurm.wait(job_id(run), "FAILED")
+    until(lambda: look([run])[0].finished, "accounting")
+    (state,) = look([run])
+    assert (state.state, state.exit_code) == ("STOPPED_EARLY", 75)
+    assert "SIGTERM" in state.reason
+    last = steps(run)[-1][1]
+    assert (run.directory / "checkpoints" / f"step-{last}" / "actor").is_dir()
