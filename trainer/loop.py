@@ -26,6 +26,7 @@ from hlrlhf.trainer import (
     lora,
     measures,
     models,
+    paths,
     ppo,
     pretraining,
     tokenizers,
@@ -58,6 +59,7 @@ def train(settings: Settings, run: Path, device: Device, warned: Callable[[], bo
         TrainerError: the models or the data do not allow it.
     """
     rank = dist.get_rank()
+    paths.check_paths(settings)
     hybrid.check(settings)
     tokenizer = tokenizers.actor_tokenizer(settings)
     check_rewards(settings, tokenizer)

@@ -19,7 +19,7 @@ _OUTPUTS = {
 }
 # Read by the run: a path if it exists here or starts with ./ or ../, else a name (on the Hub, in a
 # registry, on PATH). A name on the Hub has one slash at most and no suffix of a file of data.
-_ON_HUB = {
+ON_HUB = {
     "actor.model_path",
     "actor.tokenizer_path",
     "critic.model_path",
@@ -29,7 +29,7 @@ _ON_HUB = {
     "pretraining.path",
     "evaluation.path",
 }
-_INPUTS = _ON_HUB | {"container.image", "slurm.template", "environment.python"}
+_INPUTS = ON_HUB | {"container.image", "slurm.template", "environment.python"}
 _DATA_FILES = (".json", ".jsonl", ".parquet", ".csv")
 
 
@@ -44,7 +44,7 @@ def absolute(name: str, value: Any) -> Any:
         return path  # a command, even if a file here has the same name
     # A name never begins with a dot and a slash, so that may also be a path that is yet to be made.
     named = not path.startswith(("./", "../"))
-    if name in _ON_HUB:
+    if name in ON_HUB:
         named = named and path.count("/") < 2 and not path.endswith(_DATA_FILES)
     if name in _OUTPUTS or not named or os.path.exists(path):  # noqa: PTH110 - Path raises on odd names
         return os.path.abspath(path)  # noqa: PTH100 - links stay; only dots go
