@@ -266,7 +266,7 @@ def test_long_and_empty_prompts_are_dropped_and_counted(
     [
         ([{"text": "x"}], (), "no column prompt or messages or chosen; it has text"),
         ([{"prompt": "x"}], ("dataset.prompt_column=ask",), "no column ask; it has prompt"),
-        ([{"chosen": "x"}], (), "a transcript in column chosen has no turn"),
+        ([{"chosen": "x"}], (), "line 1: column chosen holds a transcript without a turn"),
         ([{"prompt": 7}], (), "column prompt holds neither text nor chat messages: 7"),
         ([{"prompt": None}], (), "column prompt holds neither text nor chat messages: None"),
         ([{"messages": []}], (), r"column messages holds neither .*: \[\]"),
@@ -291,10 +291,6 @@ def test_data_sets_that_cannot_be_read(tmp_path: Path, tokenizer: Any) -> None:
     (tmp_path / "rows.txt").write_text("x")
     with pytest.raises(TrainerError, match=r"rows\.txt: not one of \.json, \.jsonl"):
         read(tmp_path / "rows.txt", tokenizer)
-
-    (tmp_path / "broken.jsonl").write_text('{"prompt": "x"')
-    with pytest.raises(TrainerError, match=r"broken\.jsonl: no data set can be read"):
-        read(tmp_path / "broken.jsonl", tokenizer)
 
     (tmp_path / "empty").mkdir()
     with pytest.raises(TrainerError, match="empty: no data set can be read"):

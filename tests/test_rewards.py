@@ -208,7 +208,7 @@ def test_the_critics_checkpoint_cannot_have_tokens_of_its_own(foreign: dict[str,
 @pytest.mark.parametrize(
     "flags",
     [
-        ["reward.model_weight=0", "reward.function=math:fsum"],
+        ["reward.model_weight=0", f"reward.function={LENGTHS}"],
         ["reward.model_path={critic}", "reward.own_tokenizer=1"],
         ["reward.model_path={reward}"],
     ],

@@ -249,9 +249,9 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixt
 def seen_by_a_function(module: Any, rollout: Any, tokenizer: Any) -> tuple[list[str], list[str]]:
     name = module("""
         seen = []
-        def score(*, prompts, answers):
-            seen.append((prompts, answers))
-            return [0.5] * len(answers)
+        def score(asked, said):
+            seen.append((asked, said))
+            return [0.5] * len(said)
     """)
     source = scores.FunctionScores(f"{name}:score", tokenizer)
     assert found(source, rollout) == [0.5] * len(rollout.sequences)
@@ -368,6 +368,19 @@ def test_an_error_in_the_function_is_told_with_its_place(module: Any) -> None:
         ("raise OSError('no word list')", "score", r"OSError: no word list; .*PYTHONPATH"),
         ("def other(): ...", "score", r".*\.py has no function score \(HL_REWARD_FUNCTION\)"),
         ("score = 5", "score", r".*\.py has no function score \(HL_REWARD_FUNCTION\)"),
+        (
+            "import sys; sys.exit()",
+            "score",
+            r"module_of_\d+ calls sys\.exit\(None\) when it is imp",
+        ),
+        ("def score(a): ...", "score", r"score\(a\) cannot be called with .*: too many positional"),
+        (
+            "def score(a, b, c): ...",
+            "score",
+            r"cannot be called .*missing a required argument: 'c'",
+        ),
+        ("def score(*, prompts, answers): ...", "score", r"\(\*, prompts, answers\) cannot be cal"),
+        ("class score:\n    def f(self): ...", "score", r"cannot be called with a list of prompts"),
     ],
 )
 def test_a_function_that_is_not_there(module: Any, code: str, attribute: str, words: str) -> None:
@@ -375,3 +388,28 @@ def test_a_function_that_is_not_there(module: Any, code: str, attribute: str, wo
 
     with pytest.raises(TrainerError, match=words):
         scores.FunctionScores(f"{name}:{attribute}", tiny.tokenizer())
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "def score(a, b, c=1): ...",
+        "def score(*texts, **more): ...",
+        "class Scores:\n    def __call__(self, prompts, answers): ...\nscore = Scores()",
+        "score = max  # a builtin that does not say what it takes",
+    ],
+)
+def test_whatever_takes_two_lists_is_a_function(module: Any, code: str) -> None:
+    assert callable(scores.imported(f"{module(code)}:score"))
+
+
+def test_a_function_that_leaves_does_not_end_the_rank_without_a_word(module: Any) -> None:
+    name = module("""
+        import sys
+        def score(prompts, answers):
+            sys.exit(0)
+    """)
+    source = scores.FunctionScores(f"{name}:score", tiny.tokenizer())
+
+    with pytest.raises(TrainerError, match=rf"reward\.function = {name}:score raised SystemExit"):
+        source(rolled_out(tiny.tokenizer()))

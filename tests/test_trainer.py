@@ -645,12 +645,19 @@ def missing_data(models: Path, folder: Path) -> dict[str, Any]:
     return {"dataset__path": [str(folder / "none.jsonl")]}
 
 
+def missing_critic(models: Path, folder: Path) -> dict[str, Any]:
+    # Said before the actor is read, which would fail too.
+    folder.mkdir()
+    return {"actor__model_path": folder, "critic__model_path": folder / "gone"}
+
+
 def wrong_column(models: Path, folder: Path) -> dict[str, Any]:
     return {"dataset__prompt_column": "question"}
 
 
 def no_such_function(models: Path, folder: Path) -> dict[str, Any]:
-    # Said before any model is looked for.
+    # Said before any model is looked into.
+    folder.mkdir()
     return {"reward__function": "nowhere_at_all:score", "critic__model_path": folder}
 
 
@@ -669,7 +676,8 @@ def too_large_a_batch(models: Path, folder: Path) -> dict[str, Any]:
             broken_critic,
             r"broken: .*lacks model\.norm\.weight; it has transformer\.x, which the model has not",
         ),
-        (missing_data, r"none\.jsonl: no data set can be read from it"),
+        (missing_data, r"none\.jsonl: does not exist on host .*HL_DATASET_PATH"),
+        (missing_critic, r"gone: does not exist on host .*HL_CRITIC_MODEL_PATH"),
         (wrong_column, r"prompts\.jsonl: has no column question; it has .*prompt"),
         (
             no_such_function,

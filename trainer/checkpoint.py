@@ -1,20 +1,38 @@
-"""Saving actor and critic as Hugging Face folders that anything else can load."""
+"""Saving actor and critic as Hugging Face folders that anything else can load.
+
+A disk may be full, over a quota or read-only when the models are to be written; training can have
+taken days by then, so nothing is given up that can still be saved elsewhere or later.
+"""
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
 from hlrlhf.trainer import lora
 from hlrlhf.trainer.ema import Average
-from hlrlhf.trainer.engine import whole_weights
+from hlrlhf.trainer.engine import summed, whole_weights
+from hlrlhf.trainer.errors import TrainerError
 from hlrlhf.trainer.loading import ROLE
 from hlrlhf.trainer.models import Policy, Scorer, unwrapped
+from hlrlhf.trainer.records import attempt, warn
+
+# Seconds until a last save that failed is tried again.
+PAUSE = 60
+
+
+class NotSavedError(TrainerError):
+    """The disk did not take the models; nothing of them is left there."""
 
 
 def save_models(
@@ -30,25 +48,115 @@ def save_models(
         actor, critic: engines.
         tokenizer: the actor's.
         average: of the actor, for ``actor-ema/``.
+
+    Raises:
+        NotSavedError: on all ranks, when the disk did not take them.
     """
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    if dist.get_rank() == 0:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
+    unfinished = folder.with_name(f".{folder.name}.{attempt()}.unfinished")
+    failure: Exception | None = None
+
+    def on_disk(write: Callable[[], None]) -> None:
+        """Write on rank 0; once this failed, ranks only gather, which all have to do together."""
+        nonlocal failure
+        if dist.get_rank() > 0 or failure is not None:
+            return
+        try:
+            write()
+        except Exception as error:  # the libraries raise types of their own
+            shutil.rmtree(unfinished, ignore_errors=True)
+            if _of_the_disk(error) is None:
+                raise
+            failure = error
 
     def save(role: str, model: Policy | Scorer, weights: dict[str, Tensor]) -> None:
-        if dist.get_rank() == 0:
-            _save(unfinished, role, model, weights, tokenizer)
+        on_disk(lambda: _save(unfinished, role, model, weights, tokenizer))
 
+    on_disk(lambda: _begin(unfinished))
     save("actor", actor.module, whole_weights(actor))
     save("critic", critic.module, whole_weights(critic))
     if average is not None:
         save("actor-ema", actor.module, average.whole_weights())
+    on_disk(lambda: _finish(unfinished, folder))
+    failed = torch.tensor([float(failure is not None)], device=actor.device)
+    if summed(failed).item():
+        needed = _size(actor) * (1 if average is None else 2) + _size(critic)
+        words = "rank 0 could not write there" if failure is None else _of_the_disk(failure)
+        raise NotSavedError(
+            f"{folder}: the models cannot be saved: {words}; they need {_readable(needed)}"
+            f"{_free(folder)}"
+        )
+
+
+def save_if_possible(folder: Path, save: Callable[[Path], None]) -> None:
+    """Save models that train on: where the disk does not take them, warn. All ranks call it."""
+    try:
+        save(folder)
+    except NotSavedError as error:
+        _warn(f"{error}; training goes on")
+
+
+def save_at_last(
+    folders: Sequence[Path], save: Callable[[Path], None], asked_to_stop: Callable[[], bool]
+) -> Path:
+    """Save models that would be lost otherwise: in the first folder that takes them.
+
+    Where none does, all are tried again each minute, and once more when the run is asked to stop.
+    All ranks have to call it.
+
+    Args:
+        folders: one after the other.
+        save: as `save_models`.
+        asked_to_stop: whether any rank is; all ranks ask together.
+
+    Returns:
+        The folder that holds the models.
+
+    Raises:
+        TrainerError: on all ranks, when they are asked to stop before one could be written.
+    """
+    while True:
+        failures = []
+        for folder in folders:
+            try:
+                save(folder)
+                return folder
+            except NotSavedError as error:
+                failures.append(str(error))
+                _warn(str(error))
+        if asked_to_stop():
+            raise TrainerError(
+                f"the models are lost: {'; '.join(failures)}. Make room there, or set "
+                "HL_CHECKPOINT_PATH to a folder on another file system, and run again"
+            )
+        _warn(
+            f"the run waits with the models and tries again every {PAUSE} seconds: make room in "
+            f"{' or '.join(str(folder.parent) for folder in folders)}"
+        )
+        for _ in range(PAUSE):
+            time.sleep(1)
+            if asked_to_stop():
+                break
+
+
+def _warn(words: str) -> None:
     if dist.get_rank() == 0:
-        if folder.exists():
-            shutil.rmtree(folder)
-        unfinished.rename(folder)
-    dist.barrier()
+        warn(words)
+
+
+def _begin(unfinished: Path) -> None:
+    """Make the folder, and take away what this or an earlier attempt left behind."""
+    unfinished.parent.mkdir(parents=True, exist_ok=True)
+    for left in unfinished.parent.iterdir():
+        number = re.fullmatch(r"\..+\.(\d+)\.unfinished", left.name)
+        if number and int(number[1]) <= attempt():
+            shutil.rmtree(left, ignore_errors=True)
+    unfinished.mkdir()
+
+
+def _finish(unfinished: Path, folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+    unfinished.rename(folder)
 
 
 def _save(
@@ -80,3 +188,37 @@ def _save(
     # safetensors writes files that their owner alone can read, whatever the umask says.
     for file in folder.rglob("*.safetensors"):
         shutil.copymode(folder / role / "config.json", file)
+
+
+def _of_the_disk(error: Exception) -> str | None:
+    """What the system says of a failed write, None for other errors; some hide it in their text."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    number = re.search(r"\b(?:os error|code:) (\d+)", str(error))
+    return os.strerror(int(number[1])) if number else None
+
+
+def _size(engine: Any) -> int:
+    """Bytes of a model's weights, partitioned or not, those that are tied once."""
+    values = {id(value): value for value in engine.module.state_dict(keep_vars=True).values()}
+    return sum(
+        getattr(value, "ds_numel", value.numel()) * value.element_size()
+        for value in values.values()
+    )
+
+
+def _free(folder: Path) -> str:
+    """What is free where a folder is to be, in words; nothing where the system does not say."""
+    try:
+        there = next(parent for parent in folder.parents if parent.exists())
+        return f", and {_readable(shutil.disk_usage(there).free)} are free there"
+    except OSError:
+        return ""
+
+
+def _readable(size: float) -> str:
+    for unit in ("bytes", "KB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:,.1f} GB"

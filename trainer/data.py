@@ -6,27 +6,29 @@ ever write one file, and every rank sees the same prompts in the same order.
 
 from __future__ import annotations
 
-import glob
-import tempfile
+import reprlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from torch import Tensor
 
 from hlrlhf.settings import Settings
 from hlrlhf.trainer.errors import TrainerError
 from hlrlhf.trainer.rows import Rows
+from hlrlhf.trainer.sources import CellError, column
 
 # Where the last answer of a transcript begins, in the format of Anthropic's hh-rlhf.
 TRANSCRIPT_TURN = "\n\nAssistant:"
 # Texts that are tokenized in one call, enough for all processors to have work.
 SIDE_BY_SIDE = 10_000
-BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+class Chat(str):
+    """A text that a chat template has written, with its special tokens."""
 
 
 @dataclass(frozen=True)
@@ -102,13 +104,11 @@ def read(path: str, settings: Settings, tokenizer: Any) -> Rows:
     Raises:
         TrainerError: see `load_prompts`.
     """
-    with tempfile.TemporaryDirectory() as cache:
-        rows = _open(path, settings.dataset.split, cache)
-        wanted = settings.dataset.prompt_column
-        candidates = [wanted] if wanted else ["prompt", "messages", "chosen"]
-        column = _column(path, rows, candidates, "HL_DATASET_PROMPT_COLUMN")
-        prompts = [_prompt(path, column, value) for value in rows[column]]
-        ids = Rows.of(tokenized(prompts, tokenizer))
+    wanted = settings.dataset.prompt_column
+    candidates = [wanted] if wanted else ["prompt", "messages", "chosen"]
+    convert = partial(_prompt, tokenizer)
+    prompts = column(path, settings.dataset.split, candidates, "HL_DATASET_PROMPT_COLUMN", convert)
+    ids = Rows.of(tokenized(prompts, tokenizer))
     limit = settings.dataset.max_prompt_tokens
     fits = (ids.lengths > 0) & (ids.lengths <= limit)
     kept = ids.picked(fits.nonzero().flatten().tolist())
@@ -123,19 +123,13 @@ def read(path: str, settings: Settings, tokenizer: Any) -> Rows:
     return kept
 
 
-def read_texts(path: str, split: str, column: str) -> list[str]:
+def read_texts(path: str, split: str, name: str) -> list[str]:
     """The texts in a column of one data set.
 
     Raises:
         TrainerError: it cannot be read, or has no such column of texts.
     """
-    with tempfile.TemporaryDirectory() as cache:
-        rows = _open(path, split, cache)
-        texts: list[str] = list(rows[_column(path, rows, [column], "HL_PRETRAINING_COLUMN")])
-    for text in texts:
-        if not isinstance(text, str):
-            raise TrainerError(f"{path}: column {column} holds {text!r}, which is no text")
-    return texts
+    return column(path, split, [name], "HL_PRETRAINING_COLUMN", _text)
 
 
 def blend(sets: Sequence[Rows], weights: Sequence[float] | None, seed: int) -> Rows:
@@ -205,87 +199,63 @@ def pad_left(prompts: Sequence[list[int]], pad: int, multiple: int) -> tuple[Ten
     return ids, mask
 
 
-def _open(path: str, split: str, cache: str) -> Any:
-    """One data set; files are converted in a cache of their own, which goes with this process."""
-    local = Path(path)
-    try:
-        if not local.exists():
-            return load_dataset(path, split=split)
-        if local.is_file():
-            if local.suffix not in BUILDERS:
-                raise TrainerError(f"{path}: not one of {', '.join(BUILDERS)}")
-            # The library takes names of files for patterns.
-            name = glob.escape(path)
-            builder = BUILDERS[local.suffix]
-            return load_dataset(builder, data_files=name, split="train", cache_dir=cache)
-        if not any((local / name).exists() for name in ("state.json", "dataset_dict.json")):
-            return load_dataset(path, split=split, cache_dir=cache)
-        saved = load_from_disk(path)
-    except TrainerError:
-        raise
-    except Exception as error:  # the library raises types of its own, many of them
-        raise TrainerError(f"{path}: no data set can be read from it: {error}") from error
-    if isinstance(saved, DatasetDict):
-        if split not in saved:
-            raise TrainerError(f"{path}: no split {split}; it has {', '.join(saved)}")
-        return saved[split]
-    return saved
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise CellError(f"holds {reprlib.repr(value)}, which is no text")
+    return value
 
 
-def _column(path: str, rows: Dataset, candidates: list[str], variable: str) -> str:
-    for column in candidates:
-        if column in rows.column_names:
-            return column
-    raise TrainerError(
-        f"{path}: has no column {' or '.join(candidates)}; it has {', '.join(rows.column_names)} "
-        f"({variable})"
-    )
-
-
-def _prompt(path: str, column: str, value: Any) -> str | list[dict[str, str]]:
+def _prompt(tokenizer: Any, name: str, value: Any) -> str:
     """The prompt in a cell: text as it is, a transcript or a chat up to its last answer."""
     if isinstance(value, str):
-        if column != "chosen":
+        if name != "chosen":
             return value
         head, turn, _ = value.rpartition(TRANSCRIPT_TURN)
         if not turn:
-            raise TrainerError(
-                f"{path}: a transcript in column {column} has no turn {TRANSCRIPT_TURN!r}"
-            )
+            raise CellError(f"holds a transcript without a turn {TRANSCRIPT_TURN!r}")
         return head + turn
-    if isinstance(value, list) and value and all("role" in turn for turn in value):
-        return value[:-1] if value[-1]["role"] == "assistant" else value
-    raise TrainerError(f"{path}: column {column} holds neither text nor chat messages: {value!r}")
+    if not (isinstance(value, list) and value and all(map(_is_turn, value))):
+        raise CellError(f"holds neither text nor chat messages: {reprlib.repr(value)}")
+    if tokenizer.chat_template is None:
+        raise CellError("holds chat messages, but the actor's tokenizer has no chat template")
+    asked = value[:-1] if value[-1]["role"] == "assistant" else value
+    try:
+        return Chat(
+            tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+        )
+    except Exception as error:  # templates raise what they like
+        raise CellError(
+            f"holds a chat that the actor's chat template does not take: {error}"
+        ) from error
 
 
-def tokenized(prompts: Sequence[str | list[dict[str, str]]], tokenizer: Any) -> Iterator[list[int]]:
-    """All texts or chats of a data set as token ids, see `tokenize`; few are in memory at once."""
+def _is_turn(turn: Any) -> bool:
+    """Whether it is a message of a chat; one that calls a tool may have no text."""
+    if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
+        return False
+    return isinstance(turn.get("content"), str | list) or bool(turn.get("tool_calls"))
+
+
+def tokenized(prompts: Sequence[str], tokenizer: Any) -> Iterator[list[int]]:
+    """All texts of a data set as token ids, see `tokenize`; few are in memory at once."""
     for begin in range(0, len(prompts), SIDE_BY_SIDE):
         yield from tokenize(prompts[begin : begin + SIDE_BY_SIDE], tokenizer)
 
 
-def tokenize(prompts: Sequence[str | list[dict[str, str]]], tokenizer: Any) -> list[list[int]]:
-    """Texts or chats as token ids, in one call: tokenizers work on many texts side by side.
+def tokenize(prompts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    """Texts, or chats alone, as token ids, in one call: tokenizers work on many side by side.
 
-    None ends with an end token, which an answer cannot follow.
+    No text ends with an end token, which an answer cannot follow.
     """
     if not prompts:
         return []
-    if isinstance(prompts[0], str):
-        end = tokenizer.eos_token_id
-        texts = encode([str(text) for text in prompts], tokenizer)
-        return [ids[:-1] if ids and ids[-1] == end else ids for ids in texts]
-    if tokenizer.chat_template is None:
-        raise TrainerError(
-            "the data holds chat messages, but the actor's tokenizer has no chat template"
-        )
-    chats = [
-        tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        for chat in prompts
-    ]
-    # The template has written the special tokens already.
-    encoded: list[list[int]] = tokenizer(chats, add_special_tokens=False)["input_ids"]
-    return _with_one_bos(encoded, tokenizer)
+    if isinstance(prompts[0], Chat):
+        # The template has written the special tokens already.
+        chats: list[list[int]] = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+        return _with_one_bos(chats, tokenizer)
+    end = tokenizer.eos_token_id
+    texts = encode(list(prompts), tokenizer)
+    return [ids[:-1] if ids and ids[-1] == end else ids for ids in texts]
 
 
 def encode(texts: list[str], tokenizer: Any) -> list[list[int]]:

@@ -27,6 +27,7 @@ from hlrlhf.trainer import (
     lora,
     measures,
     models,
+    paths,
     ppo,
     pretraining,
     tokenizers,
@@ -59,6 +60,7 @@ def train(settings: Settings, attempt: Attempt, device: Device, warned: Callable
         TrainerError: the models or the data do not allow it.
     """
     rank, run = dist.get_rank(), attempt.run.directory
+    paths.check_paths(settings)
     hybrid.check(settings)
     tokenizer = tokenizers.actor_tokenizer(settings)
     check_rewards(settings, tokenizer)
@@ -117,6 +119,9 @@ def train(settings: Settings, attempt: Attempt, device: Device, warned: Callable
             recorder.evaluation(step, found, records)
         return found
 
+    def save(folder: Path) -> None:
+        checkpoint.save_models(folder, actor, critic, tokenizer, average)
+
     complete = True
     for step in range(total_steps):
         rates = measures.learning_rates(actor, critic)
@@ -173,14 +178,15 @@ def train(settings: Settings, attempt: Attempt, device: Device, warned: Callable
             break
         interval = settings.save_interval
         if interval and (step + 1) % interval == 0 and step + 1 < total_steps:
-            folder = saved_models / f"step-{step + 1}"
-            checkpoint.save_models(folder, actor, critic, tokenizer, average)
+            checkpoint.save_if_possible(saved_models / f"step-{step + 1}", save)
 
     name = "final" if complete else f"step-{step + 1}"
-    checkpoint.save_models(saved_models / name, actor, critic, tokenizer, average)
+    # One folder, unless the setting names another file system than the run directory's.
+    folders = dict.fromkeys([saved_models / name, run / "checkpoints" / name])
+    place = checkpoint.save_at_last([*folders], save, lambda: engine.agreed(warned(), device))
     if recorder is not None:
         print(recorder.close())
-        print(f"actor and critic are in {saved_models / name}", flush=True)
+        print(f"actor and critic are in {place}", flush=True)
     return complete
 
 

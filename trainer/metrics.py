@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
 import sys
 import time
@@ -14,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from hlrlhf.trainer.engine import summed
 from hlrlhf.trainer.models import Parameters
+from hlrlhf.trainer.records import Board, Lines, attempt, put, warn
 
 # Shown on the line of a step; metrics.jsonl and TensorBoard have all.
 SHOWN = ("reward", "kl", "length", "actor_loss", "critic_loss")
@@ -43,7 +42,8 @@ class Recorder:
     """Writes the lines of metrics, samples and evaluations, TensorBoard files, and the progress.
 
     On a terminal the progress is a bar, elsewhere a plain line per step. Files are appended to, and
-    each record carries its attempt: nothing that an earlier attempt wrote is lost. Rank 0 only.
+    each record carries its attempt: nothing that an earlier attempt wrote is lost. What cannot be
+    written is a warning, see `hlrlhf.trainer.records`. Rank 0 only.
 
     Args:
         run: the run directory.
@@ -53,12 +53,12 @@ class Recorder:
 
     def __init__(self, run: Path, tensorboard: Path, total_steps: int):
         self._run = run
-        self._metrics = (run / "metrics.jsonl").open("a", encoding="utf-8")
-        self._samples = (run / "samples.jsonl").open("a", encoding="utf-8")
-        self._evaluations = run / "evaluations.jsonl"
-        self._board = SummaryWriter(str(tensorboard))
+        self._metrics = Lines(run / "metrics.jsonl")
+        self._samples = Lines(run / "samples.jsonl")
+        self._evaluations = Lines(run / "evaluations.jsonl")
+        self._board = Board(tensorboard)
         self._total = total_steps
-        self._attempt = int(os.environ.get("HLRLHF_ATTEMPT", "0"))
+        self._attempt = attempt()
         self._steps = 0
         self._rewards: list[float] = []
         self._began = time.perf_counter()
@@ -67,8 +67,7 @@ class Recorder:
     def models(self, trained: dict[str, Parameters]) -> None:
         """Record and print how many parameters train, by the model's role."""
         record = {role: parameters._asdict() for role, parameters in trained.items()}
-        text = json.dumps(record, indent=2) + "\n"
-        (self._run / "parameters.json").write_text(text, encoding="utf-8")
+        put(self._run / "parameters.json", json.dumps(record, indent=2) + "\n")
         for role, (trainable, total) in trained.items():
             print(f"{role}: {trainable:,} of {total:,} parameters train")
 
@@ -98,10 +97,10 @@ class Recorder:
 
     def samples(self, records: list[dict[str, Any]], *, aloud: bool) -> None:
         """Record prompts with their answers, and print them too when `aloud`."""
-        for record in records:
-            head = {"step": self._steps, "attempt": self._attempt}
-            self._append(self._samples, head | record)
-            if aloud:
+        head = {"step": self._steps, "attempt": self._attempt}
+        self._samples.write(head | record for record in records)
+        if aloud:
+            for record in records:
                 tqdm.write(
                     f"prompt: {record['prompt']!r}\nanswer: {record['answer']!r}\n"
                     f"score: {record['score']:.4g}",
@@ -110,7 +109,7 @@ class Recorder:
 
     def warn(self, words: str) -> None:
         """Say that something looks wrong with the last step."""
-        tqdm.write(f"warning: step {self._steps}: {words}", file=sys.stdout)
+        warn(f"step {self._steps}: {words}")
 
     def evaluation(
         self, step: int, values: dict[str, float], records: list[dict[str, Any]]
@@ -126,19 +125,18 @@ class Recorder:
         if step == 0:
             self._numbers(step, values)
         head = {"step": step, "attempt": self._attempt}
-        with self._evaluations.open("a", encoding="utf-8") as stream:
-            for record in records:
-                self._append(stream, head | record)
+        self._evaluations.write(head | record for record in records)
         shown = {name.removeprefix("evaluation_"): f"{value:.4g}" for name, value in values.items()}
         words = "  ".join(f"{name} {value}" for name, value in shown.items())
         when = f"after step {step}" if step else "before the first step"
         tqdm.write(f"evaluation {when}  {words}", file=sys.stdout)
 
     def close(self) -> str:
-        """Close the files; returns a sentence on how the reward moved."""
-        for stream in (self._metrics, self._samples, self._board, self._bar):
-            if stream is not None:
-                stream.close()
+        """End the bar and the records; returns a sentence on how the reward moved."""
+        if self._bar is not None:
+            self._bar.close()
+        for file in (self._metrics, self._samples, self._evaluations, self._board):
+            file.close()
         if not self._rewards:
             return "no step had a reward that is a number"
         tenth = max(1, len(self._rewards) // 10)
@@ -152,17 +150,5 @@ class Recorder:
 
     def _numbers(self, step: int, values: dict[str, float], **more: float) -> None:
         head = {"step": step, "total_steps": self._total, "attempt": self._attempt}
-        self._append(self._metrics, head | values | more)
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
-
-    @staticmethod
-    def _append(stream: Any, record: dict[str, Any]) -> None:
-        # JSON has no word for what is no number.
-        said = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in record.items()
-        }
-        # One write per record, at once: whoever reads meanwhile sees whole lines.
-        stream.write(json.dumps(said, ensure_ascii=False, allow_nan=False) + "\n")
-        stream.flush()
+        self._metrics.write([head | values | more])
+        self._board.scalars(values, step)

@@ -131,9 +131,10 @@ def check_rewards(settings: Settings, tokenizer: Any) -> None:
         tokenizer: the actor's.
 
     Raises:
-        TrainerError: the function cannot be imported; the critic's tokenizer is not the actor's; or
-            the reward model's is not, while answers are not encoded again; or the reward model
-            would be a trained critic that nobody named as one.
+        TrainerError: the function cannot be imported, or not be called with prompts and answers;
+            the critic's tokenizer is not the actor's; or the reward model's is not, while answers
+            are not encoded again; or the reward model would be a trained critic that nobody named
+            as one.
     """
     if settings.reward.function is not None:
         imported(settings.reward.function)

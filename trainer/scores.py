@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import reprlib
 import traceback
@@ -116,7 +117,7 @@ class FunctionScores:
         tokenizer: the actor's.
 
     Raises:
-        TrainerError: there is no such function.
+        TrainerError: see `imported`.
     """
 
     def __init__(self, name: str, tokenizer: Any):
@@ -139,8 +140,8 @@ class FunctionScores:
             for prompt, text in zip(prompts, whole, strict=True)
         ]
         try:
-            found = self._function(prompts=prompts, answers=answers)
-        except Exception as error:  # not our code
+            found = self._function(prompts, answers)
+        except (Exception, SystemExit) as error:  # not our code
             trace = "".join(traceback.format_exception(error))
             raise TrainerError(
                 f"reward.function = {self._name} raised {type(error).__name__}:\n{trace}"
@@ -164,11 +165,16 @@ def imported(name: str) -> Callable[..., Any]:
     """The function that ``module:function`` names.
 
     Raises:
-        TrainerError: there is none.
+        TrainerError: there is none, or it does not take prompts and answers.
     """
     module_name, _, attribute = name.partition(":")
     try:
         module = importlib.import_module(module_name)
+    except SystemExit as error:
+        raise TrainerError(
+            f"reward.function = {name}: {module_name} calls sys.exit({error.code!r}) when it is "
+            'imported; keep what it does as a program under `if __name__ == "__main__":`'
+        ) from error
     except Exception as error:  # not our code
         raise TrainerError(
             f"reward.function = {name}: {module_name} cannot be imported: {type(error).__name__}: "
@@ -181,6 +187,17 @@ def imported(name: str) -> Callable[..., Any]:
             f"reward.function = {name}: {getattr(module, '__file__', module_name)} has no function "
             f"{attribute} (HL_REWARD_FUNCTION)"
         )
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # a builtin does not always say
+        return function
+    try:
+        signature.bind([], [])
+    except TypeError as error:
+        raise TrainerError(
+            f"reward.function = {name}: {attribute}{signature} cannot be called with a list of "
+            f"prompts and a list of answers: {error}"
+        ) from error
     return function
 
 
