@@ -11,9 +11,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from io import FileIO
 from pathlib import Path
 from types import FrameType
-from typing import IO, BinaryIO
+from typing import IO
 
 from hlrlhf.ports import PortTakenError, rendezvous_port
 from hlrlhf.runs import STOPPED, Attempt, Outcome, Run
@@ -78,7 +79,8 @@ def run(
         # The lock, not the process id, says that this launcher lives: ids are reused.
         job = stack.enter_context((directory / "job.json").open())
         fcntl.flock(job, fcntl.LOCK_EX)
-        output = stack.enter_context(log.open("ab"))
+        # Without a buffer, which would keep what a full disk has not taken, and fail for it later.
+        output = stack.enter_context(log.open("ab", buffering=0))
         try:
             shared = _environment(settings, environ, stack.enter_context(port))
         except PortTakenError as error:
@@ -94,7 +96,8 @@ def run(
         outcome = attempt.heard() or Outcome(
             1, "the ranks ended without a word that the run is complete"
         )
-        attempt.ended.write_text(str(outcome), encoding="utf-8")
+        with contextlib.suppress(OSError):
+            attempt.ended.write_text(str(outcome), encoding="utf-8")
     return outcome
 
 
@@ -129,7 +132,7 @@ class _Ranks:
         attempt: of which they are.
     """
 
-    def __init__(self, log: BinaryIO, attempt: Attempt):
+    def __init__(self, log: FileIO, attempt: Attempt):
         self._log = log
         self._attempt = attempt
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -204,9 +207,9 @@ class _Ranks:
             text, more = key.data.read()
             if not more:
                 self._printed.unregister(key.fileobj)
-            self._log.write(text)
-            self._log.flush()
-            # A terminal that is gone must not end the run.
+            # Neither a full disk nor a terminal that is gone must end the run.
+            with contextlib.suppress(OSError):
+                self._log.write(text)
             with contextlib.suppress(OSError):
                 sys.stderr.buffer.write(text)
                 sys.stderr.flush()

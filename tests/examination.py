@@ -354,7 +354,8 @@ class Run:
     @torch.no_grad()
     def check_saved(self) -> None:
         """Actor and critic, loaded again."""
-        checkpoint.save_models(self.folder, *self.engines.values(), tiny.tokenizer())
+        attempt = tiny.attempt(self.folder)
+        checkpoint.save_models(self.folder, *self.engines.values(), tiny.tokenizer(), attempt)
         ids, mask = tiny.padded(ROWS, width=10)
         actor, critic = (trained.module.eval() for trained in self.engines.values())
         policy = loading.load_policy(str(self.folder / "actor"), "fp32", 0.0).eval()

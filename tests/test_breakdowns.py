@@ -97,11 +97,9 @@ def test_a_killed_rank_is_named(on_slurm: Cluster, start: Start) -> None:
 def test_an_attempt_on_a_node_that_was_taken_for_dead_leaves_the_run_to_the_next(
     on_slurm: Cluster, start: Start
 ) -> None:
-    run = start("devices_per_node=1", "mbs=32", "slurm.requeue=true", "slurm.nodelist=n1")
+    run = start("devices_per_node=1", "mbs=32", "slurm.requeue=true")
     job = job_id(run)
-    on_slurm.run("scontrol", "update", f"JobId={job}", "ReqNodeList=")
-    with on_slurm.without("n1"):
-        on_slurm.run("scontrol", "update", f"JobId={job}", "ReqNodeList=n2")
+    with on_slurm.without(look([run])[0].node_list):
         on_slurm.start_now(job)
         assert process(run, rank=0) is not None, "it lives on"
         until(lambda: process(run, rank=0) is None, "the end of the older attempt", 120)

@@ -56,7 +56,9 @@ def averaged(folder: Path, ranks: int, stage: int, flags: tuple[str, ...]) -> di
         average.update()
         history.append(engine.whole_weights(actor))
     weights = average.whole_weights()
-    checkpoint.save_models(folder / "saved", actor, actor, tiny.tokenizer(), average)
+    checkpoint.save_models(
+        folder / "saved", actor, actor, tiny.tokenizer(), tiny.attempt(folder), average
+    )
     trains = [name for name, p in actor.module.named_parameters() if p.requires_grad]
     return {
         "history": history,

@@ -21,7 +21,6 @@ from tiny import one_rank  # noqa: E402, F401
 from torch.utils import cpp_extension  # noqa: E402
 from transformers import Qwen2Config  # noqa: E402
 
-from hlrlhf.runs import Attempt, Run  # noqa: E402
 from hlrlhf.settings.layers import load  # noqa: E402
 from hlrlhf.trainer import engine, hybrid, loop  # noqa: E402
 from hlrlhf.trainer.errors import TrainerError  # noqa: E402
@@ -118,11 +117,11 @@ def test_a_run_stops_before_it_trains_on_wrong_answers(
     monkeypatch.setattr(engine, "trained", trained)
     asking = settings.model_copy(update={"hybrid_engine": True})
     device = tiny.cpu(settings)
-    attempt = Attempt(Run(tmp_path), None, 0)
+    attempt = tiny.attempt(tmp_path)
     if kernel == "right":
-        assert loop.train(asking, attempt, device, lambda: False)
+        assert loop.train(asking, attempt, device, lambda: 0)
     else:
         with pytest.raises(TrainerError, match="HL_HYBRID_ENGINE=0"):
-            loop.train(asking, attempt, device, lambda: False)
+            loop.train(asking, attempt, device, lambda: 0)
     metrics = tmp_path / "metrics.jsonl"
     assert len(read_lines(metrics) if metrics.exists() else []) == steps

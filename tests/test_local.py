@@ -246,6 +246,14 @@ def test_the_log_goes_where_the_user_wants_it(tmp_path: Path, start: Start) -> N
     assert log.read_text() == "hello\n" * 4
 
 
+def test_a_log_that_cannot_be_written_ends_no_run(
+    start: Start, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As on a disk that is full."""
+    assert start("print('hello')", "log_file=/dev/full") == 0
+    assert capfd.readouterr().err == "hello\n" * 2
+
+
 def test_what_one_machine_cannot_do(tmp_path: Path) -> None:
     flags = ("num_nodes=2", "gbs=64", "container.kind=docker", "container.image=x")
     with pytest.raises(SettingsError) as caught:

@@ -11,6 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+import tiny  # noqa: E402
 from tensorboard.backend.event_processing.event_accumulator import (  # noqa: E402
     EventAccumulator,
 )
@@ -34,8 +35,8 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def record(run: Path, rewards: list[float], total: int | None = None) -> str:
-    recorder = Recorder(run, run / "tensorboard", total or len(rewards))
+def record(run: Path, rewards: list[float], total: int | None = None, attempt: int = 0) -> str:
+    recorder = Recorder(tiny.attempt(run, attempt), run / "tensorboard", total or len(rewards))
     for reward in rewards:
         recorder.step(values(reward))
         recorder.samples([{"prompt": "p", "answer": "ü\n", "score": reward}], aloud=False)
@@ -74,7 +75,7 @@ def test_a_line_per_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_a_skipped_step_is_a_record_without_numbers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recorder = Recorder(tmp_path, tmp_path / "tensorboard", 3)
+    recorder = Recorder(tiny.attempt(tmp_path), tmp_path / "tensorboard", 3)
     recorder.step(values(1.0))
     skipped = values(math.nan)
     del skipped["actor_loss"]
@@ -94,7 +95,7 @@ def test_a_skipped_step_is_a_record_without_numbers(
 
 
 def test_the_time_left_is_that_of_the_steps_to_come(tmp_path: Path) -> None:
-    recorder = Recorder(tmp_path, tmp_path / "tensorboard", 5)
+    recorder = Recorder(tiny.attempt(tmp_path), tmp_path / "tensorboard", 5)
     recorder._began -= 10.0
 
     recorder.step(values(1.0))
@@ -106,12 +107,9 @@ def test_the_time_left_is_that_of_the_steps_to_come(tmp_path: Path) -> None:
     assert left == pytest.approx([40.0, 15.0], abs=2.0)
 
 
-def test_a_second_attempt_adds_to_the_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_second_attempt_adds_to_the_files(tmp_path: Path) -> None:
     record(tmp_path, [1.0, 2.0])
-    monkeypatch.setenv("HLRLHF_ATTEMPT", "1")
-    record(tmp_path, [3.0])
+    record(tmp_path, [3.0], attempt=1)
 
     for name in ("metrics.jsonl", "samples.jsonl"):
         found = [(line["attempt"], line["step"]) for line in lines(tmp_path / name)]
@@ -128,7 +126,7 @@ def test_a_second_attempt_adds_to_the_files(
 
 
 def test_records_can_be_read_at_once(tmp_path: Path) -> None:
-    recorder = Recorder(tmp_path, tmp_path / "tensorboard", 2)
+    recorder = Recorder(tiny.attempt(tmp_path), tmp_path / "tensorboard", 2)
 
     recorder.step(values(1.0))
     recorder.samples([{"prompt": "p", "answer": "a", "score": 1.0}], aloud=False)
@@ -138,7 +136,7 @@ def test_records_can_be_read_at_once(tmp_path: Path) -> None:
 
 
 def test_answers_are_printed_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recorder = Recorder(tmp_path, tmp_path / "tensorboard", 1)
+    recorder = Recorder(tiny.attempt(tmp_path), tmp_path / "tensorboard", 1)
     sample = {"prompt": "why?\n", "answer": "so", "score": 0.25}
 
     recorder.step(values(0.25))
@@ -178,7 +176,7 @@ def test_tensorboard_reads_the_event_files(tmp_path: Path) -> None:
 def test_evaluations_have_a_line_per_prompt_and_step_0_has_metrics_of_its_own(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recorder = Recorder(tmp_path, tmp_path / "tensorboard", 1)
+    recorder = Recorder(tiny.attempt(tmp_path), tmp_path / "tensorboard", 1)
     answers = [{"prompt": "p", "answer": "a", "score": 0.5}, {"prompt": "q"}]
     recorder.evaluation(0, {"evaluation_reward": 0.25, "evaluation_kl": 0.0}, answers)
     assert capsys.readouterr().out == "evaluation before the first step  reward 0.25  kl 0\n"

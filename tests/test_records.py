@@ -14,6 +14,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+import tiny  # noqa: E402
 from disks import disk, fill  # noqa: E402
 from tensorboard.backend.event_processing.event_accumulator import (  # noqa: E402
     EventAccumulator,
@@ -111,7 +112,7 @@ def test_a_full_disk_ends_no_run_and_takes_records_when_there_is_room(
 ) -> None:
     with disk(tmp_path / "disk", "256k") as run:
         filler = fill(run)
-        recorder = Recorder(run, run / "tensorboard", 4)
+        recorder = Recorder(tiny.attempt(run), run / "tensorboard", 4)
         recorder.models({"actor": Parameters(1, 2)})
         for step in range(1, 5):
             if step == 3:

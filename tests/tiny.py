@@ -21,6 +21,7 @@ from transformers import (
     GenerationConfig,
 )
 
+from hlrlhf.runs import Attempt, Run
 from hlrlhf.settings import Settings, resolve
 from hlrlhf.trainer import demo, device
 
@@ -115,6 +116,11 @@ def settings(*flags: str) -> Settings:
         "HL_CRITIC_ZERO_STAGE": "0",
     }
     return resolve(environ=base, flags=flags).settings
+
+
+def attempt(directory: Path, number: int = 0) -> Attempt:
+    """An attempt at a run in a folder, started by hand."""
+    return Attempt(Run(directory), None, number)
 
 
 def cpu(chosen: Settings) -> device.Device:

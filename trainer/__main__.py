@@ -9,6 +9,7 @@ belong to a job (HLRLHF_JOB, HLRLHF_ATTEMPT) also leave this in the run director
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -68,7 +69,7 @@ def main(attempt: Attempt) -> Outcome:
     from hlrlhf.trainer import engine, loop
 
     engine.start(device)
-    if loop.train(settings, attempt, device, lambda: bool(received)):
+    if loop.train(settings, attempt, device, lambda: len(received)):
         return Outcome(0)
     by = signal.Signals(received[0]).name if received else "a signal to another rank"
     return Outcome(STOPPED, f"stopped early by {by}, its models are saved")
@@ -97,7 +98,8 @@ def _failure(error: BaseException) -> Outcome:
         # word be the first.
         if os.environ.get("WORLD_SIZE", "1") != "1":
             time.sleep(_WORD)
-    print(f"error: {words}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a full disk must not hide how the run ended
+        print(f"error: {words}", file=sys.stderr, flush=True)
     return Outcome(1, printable(" ".join(words.split())))
 
 
@@ -105,8 +107,9 @@ def _leave(attempt: Attempt, outcome: Outcome) -> NoReturn:
     # Complete is what all are together, and failed what one is: rank 0 speaks for a good end.
     if outcome.code or os.environ.get("RANK") == "0":
         attempt.say(outcome)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
     # Not sys.exit: with peers that wait in a collective, the communication library's own clean-up
     # can keep a failed rank alive, and the job with it.
     os._exit(outcome.code)

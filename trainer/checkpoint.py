@@ -19,13 +19,14 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hlrlhf.runs import Attempt
 from hlrlhf.trainer import lora
 from hlrlhf.trainer.ema import Average
 from hlrlhf.trainer.engine import summed, whole_weights
 from hlrlhf.trainer.errors import TrainerError
 from hlrlhf.trainer.loading import ROLE
 from hlrlhf.trainer.models import Policy, Scorer, unwrapped
-from hlrlhf.trainer.records import attempt, warn
+from hlrlhf.trainer.records import warn
 
 # Seconds until a last save that failed is tried again.
 PAUSE = 60
@@ -36,7 +37,12 @@ class NotSavedError(TrainerError):
 
 
 def save_models(
-    folder: Path, actor: Any, critic: Any, tokenizer: Any, average: Average | None = None
+    folder: Path,
+    actor: Any,
+    critic: Any,
+    tokenizer: Any,
+    attempt: Attempt,
+    average: Average | None = None,
 ) -> None:
     """Write ``actor/`` and ``critic/``, LoRA merged, and ``*-adapter/`` beside them.
 
@@ -47,12 +53,14 @@ def save_models(
         folder: where.
         actor, critic: engines.
         tokenizer: the actor's.
+        attempt: at the run.
         average: of the actor, for ``actor-ema/``.
 
     Raises:
         NotSavedError: on all ranks, when the disk did not take them.
+        SupersededError: on rank 0, when a newer attempt has begun.
     """
-    unfinished = folder.with_name(f".{folder.name}.{attempt()}.unfinished")
+    unfinished = folder.with_name(f".{folder.name}.{attempt.number}.unfinished")
     failure: Exception | None = None
 
     def on_disk(write: Callable[[], None]) -> None:
@@ -61,6 +69,7 @@ def save_models(
         if dist.get_rank() > 0 or failure is not None:
             return
         try:
+            attempt.check()
             write()
         except Exception as error:  # the libraries raise types of their own
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -71,7 +80,7 @@ def save_models(
     def save(role: str, model: Policy | Scorer, weights: dict[str, Tensor]) -> None:
         on_disk(lambda: _save(unfinished, role, model, weights, tokenizer))
 
-    on_disk(lambda: _begin(unfinished))
+    on_disk(lambda: _begin(unfinished, attempt.number))
     save("actor", actor.module, whole_weights(actor))
     save("critic", critic.module, whole_weights(critic))
     if average is not None:
@@ -100,8 +109,8 @@ def save_at_last(
 ) -> Path:
     """Save models that would be lost otherwise: in the first folder that takes them.
 
-    Where none does, all are tried again each minute, and once more when the run is asked to stop.
-    All ranks have to call it.
+    Where none does, all are tried again each minute, and once more when the run is asked to stop
+    after this began. All ranks have to call it.
 
     Args:
         folders: one after the other.
@@ -143,12 +152,12 @@ def _warn(words: str) -> None:
         warn(words)
 
 
-def _begin(unfinished: Path) -> None:
+def _begin(unfinished: Path, attempt: int) -> None:
     """Make the folder, and take away what this or an earlier attempt left behind."""
     unfinished.parent.mkdir(parents=True, exist_ok=True)
     for left in unfinished.parent.iterdir():
         number = re.fullmatch(r"\..+\.(\d+)\.unfinished", left.name)
-        if number and int(number[1]) <= attempt():
+        if number and int(number[1]) <= attempt:
             shutil.rmtree(left, ignore_errors=True)
     unfinished.mkdir()
 

@@ -63,13 +63,19 @@ class Guard:
         if self._in_a_row < self._limits.max_skipped:
             return
         folder = self._run / "skipped"
-        folder.mkdir(exist_ok=True)
         tensors = {name: value.cpu().contiguous() for name, value in asdict(experience).items()}
-        save_file(tensors, folder / f"step-{step}.rank-{dist.get_rank()}.safetensors")
+        where = f"the last batch is in {folder}. Look there at `scores` first"
+        try:
+            folder.mkdir(exist_ok=True)
+            save_file(tensors, folder / f"step-{step}.rank-{dist.get_rank()}.safetensors")
+        except (
+            Exception
+        ) as error:  # the writer raises types of its own; this is not what went wrong
+            where = f"the last batch could not be written to {folder}: {error}"
         dist.barrier()
         raise TrainerError(
             f"{self._in_a_row} steps in a row had a loss, gradient or reward that is not finite "
-            f"(HL_GUARD_MAX_SKIPPED); the last batch is in {folder}. Look there at `scores` first; "
+            f"(HL_GUARD_MAX_SKIPPED); {where}; "
             "else try a lower learning rate, or HL_DTYPE=fp32"
         )
 

@@ -44,14 +44,16 @@ from hlrlhf.trainer.rewards import Rewards, check_rewards, load_rewards
 from hlrlhf.trainer.update import update
 
 
-def train(settings: Settings, attempt: Attempt, device: Device, warned: Callable[[], bool]) -> bool:
+def train(
+    settings: Settings, attempt: Attempt, device: Device, warnings: Callable[[], int]
+) -> bool:
     """Train actor and critic, and save them.
 
     Args:
         settings: of the run.
         attempt: at the run.
         device: this rank's.
-        warned: whether this rank has been asked to stop early.
+        warnings: how often this rank has been asked to stop early.
 
     Returns:
         Whether the run is complete; False when it stopped after a warning, models saved.
@@ -96,7 +98,7 @@ def train(settings: Settings, attempt: Attempt, device: Device, warned: Callable
         board = run / "tensorboard"
         if settings.tensorboard_path:
             board = Path(settings.tensorboard_path, run.name)
-        recorder = Recorder(run, board, total_steps)
+        recorder = Recorder(attempt, board, total_steps)
         trained = {"actor": actor.module, "critic": critic.module}
         recorder.models({role: models.parameters(model) for role, model in trained.items()})
         print(f"{total_steps} steps of {settings.gbs} prompts on {settings.world_size} ranks")
@@ -120,7 +122,7 @@ def train(settings: Settings, attempt: Attempt, device: Device, warned: Callable
         return found
 
     def save(folder: Path) -> None:
-        checkpoint.save_models(folder, actor, critic, tokenizer, average)
+        checkpoint.save_models(folder, actor, critic, tokenizer, attempt, average)
 
     complete = True
     for step in range(total_steps):
@@ -173,7 +175,7 @@ def train(settings: Settings, attempt: Attempt, device: Device, warned: Callable
             interval = settings.print_answers_interval
             aloud = interval > 0 and (step + 1) % interval == 0
             recorder.samples(measures.samples(rollout, experience, tokenizer), aloud=aloud)
-        if step + 1 < total_steps and engine.agreed(warned(), device):
+        if step + 1 < total_steps and engine.agreed(warnings() > 0, device):
             complete = False
             break
         interval = settings.save_interval
@@ -183,7 +185,10 @@ def train(settings: Settings, attempt: Attempt, device: Device, warned: Callable
     name = "final" if complete else f"step-{step + 1}"
     # One folder, unless the setting names another file system than the run directory's.
     folders = dict.fromkeys([saved_models / name, run / "checkpoints" / name])
-    place = checkpoint.save_at_last([*folders], save, lambda: engine.agreed(warned(), device))
+    heard = warnings()
+    place = checkpoint.save_at_last(
+        [*folders], save, lambda: engine.agreed(warnings() > heard, device)
+    )
     if recorder is not None:
         print(recorder.close())
         print(f"actor and critic are in {place}", flush=True)

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from hlrlhf.runs import Attempt
 from hlrlhf.trainer.engine import summed
 from hlrlhf.trainer.models import Parameters
-from hlrlhf.trainer.records import Board, Lines, attempt, put, warn
+from hlrlhf.trainer.records import Board, Lines, put, warn
 
 # Shown on the line of a step; metrics.jsonl and TensorBoard have all.
 SHOWN = ("reward", "kl", "length", "actor_loss", "critic_loss")
@@ -46,19 +47,21 @@ class Recorder:
     written is a warning, see `hlrlhf.trainer.records`. Rank 0 only.
 
     Args:
-        run: the run directory.
+        attempt: at the run, whose directory gets the files; an older one than the newest stops
+            before it writes, see `Attempt.check`.
         tensorboard: folder of the event files.
         total_steps: of the whole run.
     """
 
-    def __init__(self, run: Path, tensorboard: Path, total_steps: int):
-        self._run = run
+    def __init__(self, attempt: Attempt, tensorboard: Path, total_steps: int):
+        run = attempt.run.directory
+        self._attempt = attempt
+        self._parameters = run / "parameters.json"
         self._metrics = Lines(run / "metrics.jsonl")
         self._samples = Lines(run / "samples.jsonl")
         self._evaluations = Lines(run / "evaluations.jsonl")
         self._board = Board(tensorboard)
         self._total = total_steps
-        self._attempt = attempt()
         self._steps = 0
         self._rewards: list[float] = []
         self._began = time.perf_counter()
@@ -67,7 +70,7 @@ class Recorder:
     def models(self, trained: dict[str, Parameters]) -> None:
         """Record and print how many parameters train, by the model's role."""
         record = {role: parameters._asdict() for role, parameters in trained.items()}
-        put(self._run / "parameters.json", json.dumps(record, indent=2) + "\n")
+        put(self._parameters, json.dumps(record, indent=2) + "\n")
         for role, (trainable, total) in trained.items():
             print(f"{role}: {trainable:,} of {total:,} parameters train")
 
@@ -78,6 +81,7 @@ class Recorder:
             values: of all ranks together; ``reward`` and ``seconds`` are among them. What is no
                 number is written as null.
         """
+        self._attempt.check()
         self._steps += 1
         step = self._steps
         if math.isfinite(values["reward"]):
@@ -97,7 +101,7 @@ class Recorder:
 
     def samples(self, records: list[dict[str, Any]], *, aloud: bool) -> None:
         """Record prompts with their answers, and print them too when `aloud`."""
-        head = {"step": self._steps, "attempt": self._attempt}
+        head = {"step": self._steps, "attempt": self._attempt.number}
         self._samples.write(head | record for record in records)
         if aloud:
             for record in records:
@@ -122,9 +126,10 @@ class Recorder:
             values: see `hlrlhf.trainer.evaluation`.
             records: one for each prompt.
         """
+        self._attempt.check()
         if step == 0:
             self._numbers(step, values)
-        head = {"step": step, "attempt": self._attempt}
+        head = {"step": step, "attempt": self._attempt.number}
         self._evaluations.write(head | record for record in records)
         shown = {name.removeprefix("evaluation_"): f"{value:.4g}" for name, value in values.items()}
         words = "  ".join(f"{name} {value}" for name, value in shown.items())
@@ -149,6 +154,6 @@ class Recorder:
         )
 
     def _numbers(self, step: int, values: dict[str, float], **more: float) -> None:
-        head = {"step": step, "total_steps": self._total, "attempt": self._attempt}
+        head = {"step": step, "total_steps": self._total, "attempt": self._attempt.number}
         self._metrics.write([head | values | more])
         self._board.scalars(values, step)

@@ -20,11 +20,6 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
 
-def attempt() -> int:
-    """Of the job, from 0."""
-    return int(os.environ.get("HLRLHF_ATTEMPT", "0"))
-
-
 def warn(words: str) -> None:
     """Say it where the progress is shown, beside the bar if there is one."""
     tqdm.write(f"warning: {words}", file=sys.stdout)
