@@ -136,7 +136,7 @@ def test_the_run_stops_after_so_many_in_a_row_and_leaves_the_batch(tmp_path: Pat
 def test_a_batch_that_cannot_be_written_does_not_hide_why_the_run_stops(tmp_path: Path) -> None:
     (tmp_path / "skipped").touch()
     judge = guard(tmp_path, "guard.max_skipped=1")
-    with pytest.raises(TrainerError, match="1 steps in a row .* could not be written to"):
+    with pytest.raises(TrainerError, match=r"1 steps in a row .* could not be written to"):
         judge.judge(1, False, with_a(math.nan, "scores", (1,)))
 
 
