@@ -21,7 +21,10 @@ def cancel(
         bool, typer.Option("--all", help="Cancel every run that has not ended.")
     ] = False,
 ) -> None:
-    """Stop runs: a Slurm job is cancelled, a run on this machine is asked to save and stop."""
+    """Stop runs.
+
+    A Slurm job is cancelled, a run on this machine is asked to save and stop.
+    """
     if bool(names) == everything:
         raise typer.BadParameter("give the runs to cancel, or --all")
     clusters: dict[str | None, dict[str, str]] = {}

@@ -24,7 +24,10 @@ def forget(
         ),
     ] = None,
 ) -> None:
-    """Leave runs out of the list; their directories stay. Those that wait or run are kept."""
+    """Take old runs out of the list.
+
+    Their directories stay, and so do runs that wait or run.
+    """
     if bool(names) == (before is not None):
         raise typer.BadParameter("give the runs to forget, or --before")
     if before is not None:

@@ -30,7 +30,10 @@ def logs(
         typer.Option("--follow", "-f", help="Go on, across requeues, until the jobs have ended."),
     ] = False,
 ) -> None:
-    """Print runs' logs: the ranks' of every attempt, in order, then the batch shell's."""
+    """Print the logs of runs.
+
+    The ranks' of every attempt, in order, then the batch shell's with what Slurm says.
+    """
     if bool(names) == everything:
         raise typer.BadParameter("give the runs whose logs to print, or --all")
     if names:

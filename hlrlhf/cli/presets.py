@@ -9,6 +9,6 @@ from hlrlhf.settings.presets import available, summary
 
 
 def presets() -> None:
-    """List the presets: ours, and those in the folders of HLRLHF_PRESET_PATH."""
+    """List the presets. Ours, and those in the folders of HLRLHF_PRESET_PATH."""
     rows = [(name, summary(path)) for name, path in available(os.environ).items()]
     print(columns(rows))

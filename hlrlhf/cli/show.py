@@ -26,7 +26,7 @@ def show(
     template: options.Template = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show every setting with its value, its HL_* name and where the value came from.
+    """Show every setting with its value and origin.
 
     Piped, one line for each; on a terminal, lines that fit it.
     """

@@ -54,7 +54,10 @@ def status(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
 ) -> None:
-    """Show what became of the runs, the newest first: their jobs' states, and how far they are."""
+    """Show what became of the runs.
+
+    The newest come first; what waits or runs is never left out.
+    """
     if watch and as_json:
         raise typer.BadParameter("--watch and --json do not go together")
     if names:

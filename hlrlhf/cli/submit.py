@@ -50,10 +50,11 @@ def submit(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Make the run's directory, submit the run to Slurm and print the job's id.
+    """Submit a run to Slurm, or start it here.
 
-    With --wait or --local this ends with the exit code of the job: 0 done, 75 stopped early with
-    its models saved, anything else failed; 1 when Slurm ended it (cancelled, out of time...).
+    Makes the run's directory and prints the job's id. With --wait or --local this ends with the
+    exit code of the job: 0 done, 75 stopped early with its models saved, anything else failed; 1
+    when Slurm ended it (cancelled, out of time...).
     """
     if sum((dry_run, test_only, wait)) > 1 or (test_only and local):
         raise typer.BadParameter("of --dry-run, --test-only, and --wait or --local, give one")
