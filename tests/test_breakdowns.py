@@ -20,6 +20,7 @@ from hlrlhf.slurm.states import look
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
+QUIET = ("--output=/dev/null", "--wrap=true")
 Start = Callable[..., Run]
 
 
@@ -118,7 +119,7 @@ def test_an_attempt_on_a_node_that_was_taken_for_dead_leaves_the_run_to_the_next
 def test_a_preempted_run_saves_within_its_grace(on_slurm: Cluster, start: Start) -> None:
     flags = ("slurm.partition=low", "slurm.exclusive=true", "devices_per_node=1", "mbs=32")
     run = start(*flags)
-    on_slurm.run("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--wrap=true")
+    on_slurm.run("sbatch", "--partition=high", "--nodes=2", "--exclusive", *QUIET)
     on_slurm.wait(job_id(run), "FAILED")
     until(lambda: look([run])[0].finished, "accounting")
     (state,) = look([run])

@@ -217,9 +217,10 @@ def extra(line: str) -> list[str]:
             for option in (
                 *("partition", "account", "qos", "time", "constraint", "reservation", "exclude"),
                 *("nodelist", "mem", "mem-per-cpu", "mem-per-gpu", "cpus-per-task", "mail-type"),
-                *("mail-user", "comment", "exclusive", "dependency"),
+                *("mail-user", "comment", "dependency"),
             )
         ),
+        ("--exclusive", "set slurm.exclusive"),
         ("--requeue", "set slurm.requeue"),
         ("--no-requeue", "set slurm.requeue"),
         ("--kill-on-invalid-dep=no", "it comes with slurm.dependency"),
@@ -276,10 +277,17 @@ def test_a_short_directive_that_the_script_says_itself(letter: str) -> None:
         "--licenses='a --output=x'",
         r"--licenses=a\ --output=x",
         "--nice # --output=x",
+        "--exclusive=user",
     ],
 )
 def test_directives_that_only_a_site_knows(line: str) -> None:
     assert extra(line) == []
+
+
+def test_a_site_gives_all_of_gres_where_the_script_gives_none() -> None:
+    line = "slurm.extra=['--gres=gpu:8,tmpfs:100G']"
+    assert problems(line)
+    assert problems(line, "slurm.gres_name=") == []
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import stat
 from pathlib import Path
 
@@ -29,6 +30,21 @@ def script(folder: Path, body: str, *directives: str) -> Path:
     lines = ["#!/bin/bash", *(f"#SBATCH {directive}" for directive in directives), body]
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def test_a_cluster_that_does_not_start_keeps_its_logs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests' own: without them nobody could tell why."""
+
+    def break_down(cluster: Cluster) -> None:
+        (cluster.folder / "munged.out").write_text("why")
+        raise TimeoutError
+
+    monkeypatch.setattr(Cluster, "_start", break_down)
+    cluster = Cluster()
+    with pytest.raises(TimeoutError), cluster:
+        pass
+    assert (cluster.folder / "munged.out").read_text() == "why"
+    shutil.rmtree(cluster.folder)
 
 
 @pytest.mark.slurm

@@ -49,10 +49,10 @@ def test_what_runs_is_kept(tmp_path: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
         done = forget("run")
         assert done.returncode == 1
-        assert "run: waits or runs; cancel it first" in done.stderr
+        assert "run: kept: waits or runs; cancel it first" in done.stderr
         done = forget("--before", "7d")
         assert done.returncode == 0
-        assert "forgot 1 runs, kept 1" in done.stderr
+        assert "forgotten: 1, kept: 1" in done.stderr
     assert [left.name for left in runs.every()] == ["run", "new"]
 
 

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_rank")
 
 def guard(run: Path, *flags: str) -> Guard:
     settings = tiny.settings(*flags)
-    return Guard(settings, run, tiny.cpu(settings))
+    return Guard(settings, tiny.attempt(run), tiny.cpu(settings))
 
 
 def with_a(number: float, field: str, place: tuple[int, ...]) -> experience.Experience:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cluster import until
@@ -239,6 +240,32 @@ def test_no_content_of_metrics_is_an_error(
     run.metrics.write_bytes(b"\n".join(lines))
     progress = runs.progress(run)
     assert progress is None or (math.isfinite(progress.step) and progress.attempt >= 0)
+
+
+def test_the_ranks_word_counts_where_nobody_could_repeat_it(tmp_path: Path) -> None:
+    run = runs.create(tmp_path, "run")
+    (run.logs / "42.0.rank").write_text("75\nwarned\n")
+    assert runs.attempts(run, SLURM) == {0: runs.Outcome(75, "warned")}
+
+
+def test_a_directory_that_cannot_be_reached_hides_no_other_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs.create(tmp_path / "closed", "run").record(SLURM)
+    runs.create(tmp_path, "other")
+    inside = str(tmp_path / "closed")
+    real = os.stat
+
+    def stat(path: Any, **more: Any) -> os.stat_result:
+        if str(path).startswith(inside):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, **more)
+
+    # root, as whom these tests may run, reaches everything.
+    monkeypatch.setattr(os, "stat", stat)
+    found = runs.every()
+    assert [run.name for run in found] == ["run", "other"]
+    assert found[0].job() == SLURM
 
 
 def test_attempts_and_logs_are_in_the_order_of_time(tmp_path: Path) -> None:

@@ -379,7 +379,8 @@ def test_an_error_in_the_function_is_told_with_its_place(module: Any) -> None:
             "score",
             r"cannot be called .*missing a required argument: 'c'",
         ),
-        ("def score(*, prompts, answers): ...", "score", r"\(\*, prompts, answers\) cannot be cal"),
+        ("def score(*, a, b): ...", "score", r"\(\*, a, b\) cannot be called"),
+        ("def score(answers, prompts, c): ...", "score", r"missing a required argument: 'c'"),
         ("class score:\n    def f(self): ...", "score", r"cannot be called with a list of prompts"),
     ],
 )
@@ -401,6 +402,17 @@ def test_a_function_that_is_not_there(module: Any, code: str, attribute: str, wo
 )
 def test_whatever_takes_two_lists_is_a_function(module: Any, code: str) -> None:
     assert callable(scores.imported(f"{module(code)}:score"))
+
+
+@pytest.mark.parametrize("parameters", ["a, b", "answers, prompts", "*, answers, prompts, c=1"])
+def test_prompts_and_answers_are_told_apart_by_name_or_else_by_place(
+    module: Any, parameters: str
+) -> None:
+    first, second = ("prompts", "answers") if "prompts" in parameters else ("a", "b")
+    function = scores.imported(
+        f"{module(f'def score({parameters}): return {first}, {second}')}:score"
+    )
+    assert function(["p"], ["a"]) == (["p"], ["a"])
 
 
 def test_a_function_that_leaves_does_not_end_the_rank_without_a_word(module: Any) -> None:

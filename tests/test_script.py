@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -608,6 +609,51 @@ def test_a_failing_setup_line_stops_the_job_and_is_named(
     said = (tmp_path / "logs" / "7.0.exit").read_text().splitlines()
     assert said[0] == "1"
     assert named in said[1]
+
+
+def test_what_setup_lines_set_does_not_change_how_a_run_ends(
+    run_script: Run, tmp_path: Path
+) -> None:
+    """Options of the shell, functions, and a trap for their own end, which is kept."""
+    setup = [
+        "set -euC -o pipefail",
+        "fail() { exit 0; }; finish() { exit 0; }",
+        f"trap 'echo cleaned >>{tmp_path}/theirs' EXIT",
+        "why=nothing; attempt=9; cd /",
+    ]
+    lines = "[" + ", ".join(json.dumps(line) for line in setup) + "]"
+    for body, code in (("leave 0", 0), ("exit 0", 1), ("leave 75 warned", 75)):
+        shutil.rmtree(tmp_path / "logs", ignore_errors=True)
+        python = recorder(tmp_path, body)
+        flags = [f"environment.python={python}", f"environment.setup={lines}"]
+        done, _ = run_script(render(flags, tmp_path), tmp_path)
+        assert done.returncode == code, done.stderr
+        assert (tmp_path / "logs" / "7.0.exit").read_text().startswith(f"{code}\n")
+    assert (tmp_path / "theirs").read_text() == "cleaned\n" * 3
+
+
+def test_a_signal_in_setup_is_not_setups_fault(run_script: Run, tmp_path: Path) -> None:
+    done, words = run_script(render(["environment.setup=['kill -TERM $$']"], tmp_path), tmp_path)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert "srun" not in words
+    said = (tmp_path / "logs" / "7.0.exit").read_text()
+    assert said == "143\nended by SIGTERM in environment.setup\n"
+
+
+def test_a_code_that_is_no_signals_is_not_said_to_be_one(run_script: Run, tmp_path: Path) -> None:
+    """As of a container whose image is missing."""
+    python = recorder(tmp_path, "exit 255")
+    done, _ = run_script(render([f"environment.python={python}"], tmp_path), tmp_path)
+    assert done.returncode == 255
+    said = (tmp_path / "logs" / "7.0.exit").read_text()
+    assert re.fullmatch(r"255\nrank 3 on \S+ ended with exit code 255\n", said)
+
+
+def test_a_word_that_a_full_disk_had_room_for(run_script: Run, tmp_path: Path) -> None:
+    """See `Attempt.say`."""
+    python = recorder(tmp_path, "ln -s 0 logs/$HLRLHF_JOB.$HLRLHF_ATTEMPT.rank; exit 0")
+    done, _ = run_script(render([f"environment.python={python}"], tmp_path), tmp_path)
+    assert done.returncode == 0
 
 
 def test_what_may_fail_in_setup(run_script: Run, tmp_path: Path) -> None:

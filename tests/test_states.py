@@ -305,6 +305,9 @@ GOOD, EARLY, BAD = Outcome(0), Outcome(75), Outcome(3)
             id="exit codes of two attempts",
         ),
         pytest.param(
+            None, [REQUEUED, FAILED], {0: EARLY}, "FAILED", 3, 1, id="no word of the last"
+        ),
+        pytest.param(
             None, [], {0: EARLY, 1: None}, UNKNOWN, None, 1, id="no exit code of the last"
         ),
         pytest.param(None, [], {}, UNKNOWN, None, 0, id="nothing"),

@@ -206,7 +206,7 @@ def test_20_000_runs(on_slurm: Cluster, tmp_path: Path, submit: Callable[..., Ru
         [*COMMAND[:-1], "forget", "--before", "2999-01-01"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert "forgot 20000 runs, kept 1" in done.stderr
+    assert "forgotten: 20000, kept: 1" in done.stderr
     assert [run.name for run in runs.every()] == ["oldest"]
     on_slurm.run("scancel", job_id(run))
 

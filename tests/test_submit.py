@@ -22,6 +22,7 @@ from hlrlhf.settings.layers import load
 from hlrlhf.slurm.states import look
 
 # What stands in for the trainer: the ranks are whatever `environment.python` runs.
+QUIET = ("--output=/dev/null", "--wrap=true")
 RANK = 'echo "rank $RANK of $WORLD_SIZE, attempt $HLRLHF_ATTEMPT, $3"'
 
 
@@ -331,6 +332,45 @@ def test_a_warning_reaches_every_rank(
 
 
 @pytest.mark.slurm
+def test_a_run_that_was_asked_to_stop_is_not_requeued(
+    on_slurm: Cluster, settings: Path, tmp_path: Path
+) -> None:
+    """By its user, who signals the ranks as a preemption does."""
+    rank(tmp_path, "trap 'leave 75 warned' USR1\necho ready\nsleep 100 & wait")
+    job = submit("--set", "slurm.requeue=true").stdout.strip()
+    log = settings / "try" / "logs" / f"{job}.0.log"
+    until(lambda: log.exists() and log.read_text().count("ready") == 2, "the ranks")
+    on_slurm.run("scancel", "--signal=USR1", job)
+    on_slurm.wait(job, "FAILED", "PENDING")
+    assert on_slurm.job(job)["JobState"] == "FAILED"
+
+
+@pytest.mark.slurm
+def test_a_cancelled_job_says_nothing_false(
+    on_slurm: Cluster, settings: Path, tmp_path: Path
+) -> None:
+    rank(tmp_path, "echo ready\nsleep 100 & wait")
+    job = submit().stdout.strip()
+    logs = settings / "try" / "logs"
+    log = logs / f"{job}.0.log"
+    until(lambda: log.exists() and log.read_text().count("ready") == 2, "the ranks")
+    on_slurm.run("scancel", job)
+    on_slurm.wait(job, "CANCELLED")
+    until((logs / f"{job}.0.exit").exists, "the end of the script")
+    assert "scancel: error" not in (logs / f"{job}.batch.log").read_text()
+    until(lambda: look([runs.find("try")])[0].finished, "accounting")
+    (state,) = look([runs.find("try")])
+    assert (state.state, state.exit_code) == ("CANCELLED", 143)
+
+
+@pytest.mark.slurm
+def test_a_failing_setup_line_is_named(on_slurm: Cluster, settings: Path) -> None:
+    done = submit("--wait", "--set", "environment.setup=['false # no such module']")
+    assert done.returncode == 1
+    assert "environment.setup failed with exit code 1: false # no such module" in done.stderr
+
+
+@pytest.mark.slurm
 def test_a_requeued_job_logs_apart(on_slurm: Cluster, settings: Path, tmp_path: Path) -> None:
     go = tmp_path / "go"
     rank(tmp_path, f'{RANK}\n[ -e "{go}" ] || exec sleep 100')
@@ -368,7 +408,7 @@ def test_a_preempted_job_stops_within_its_grace(
     job = submit(*(f"--set={flag}" for flag in flags)).stdout.strip()
     log = settings / "try" / "logs" / f"{job}.0.log"
     until(lambda: log.exists() and log.read_text().count("ready") == 2, "the ranks")
-    on_slurm.run("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--wrap=true")
+    on_slurm.run("sbatch", "--partition=high", "--nodes=2", "--exclusive", *QUIET)
     said = log.with_suffix(".exit")
     until(said.exists, "the end of the attempt")
     assert said.read_text() == "75\nsaved\n"

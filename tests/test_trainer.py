@@ -596,7 +596,7 @@ def test_success_is_said_by_the_ranks(demo_models: Path, tmp_path: Path) -> None
     ("act", "code", "why"),
     [
         ("os.kill(os.getpid(), 9)", 137, "rank 1 was ended by SIGKILL"),
-        ("sys.exit(0)", 1, "SystemExit: 0"),
+        ("sys.exit(0)", 1, "reward.function = broken:score raised SystemExit: SystemExit: 0"),
         ("os._exit(0)", 1, "RuntimeError: "),
     ],
     ids=["killed", "exited", "gone"],

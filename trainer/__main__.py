@@ -100,7 +100,9 @@ def _failure(error: BaseException) -> Outcome:
             time.sleep(_WORD)
     with contextlib.suppress(OSError):  # a full disk must not hide how the run ended
         print(f"error: {words}", file=sys.stderr, flush=True)
-    return Outcome(1, printable(" ".join(words.split())))
+    # Of several lines, as of a traceback, the first and the last say what happened.
+    first, *more = words.strip().splitlines() or [""]
+    return Outcome(1, printable(" ".join([first, *more[-1:]])))
 
 
 def _leave(attempt: Attempt, outcome: Outcome) -> NoReturn:

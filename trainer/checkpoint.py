@@ -73,7 +73,7 @@ def save_models(
             write()
         except Exception as error:  # the libraries raise types of their own
             shutil.rmtree(unfinished, ignore_errors=True)
-            if _of_the_disk(error) is None:
+            if not _of_the_disk(error):
                 raise
             failure = error
 
@@ -86,13 +86,12 @@ def save_models(
     if average is not None:
         save("actor-ema", actor.module, average.whole_weights())
     on_disk(lambda: _finish(unfinished, folder))
-    failed = torch.tensor([float(failure is not None)], device=actor.device)
-    if summed(failed).item():
+    number = torch.tensor([float(_of_the_disk(failure) if failure else 0)], device=actor.device)
+    if reason := int(summed(number).item()):  # rank 0's alone is not 0
         needed = _size(actor) * (1 if average is None else 2) + _size(critic)
-        words = "rank 0 could not write there" if failure is None else _of_the_disk(failure)
         raise NotSavedError(
-            f"{folder}: the models cannot be saved: {words}; they need {_readable(needed)}"
-            f"{_free(folder)}"
+            f"{folder}: the models cannot be saved: {os.strerror(reason)}; they need "
+            f"{_readable(needed)}{_free(folder)}"
         )
 
 
@@ -199,12 +198,12 @@ def _save(
         shutil.copymode(folder / role / "config.json", file)
 
 
-def _of_the_disk(error: Exception) -> str | None:
-    """What the system says of a failed write, None for other errors; some hide it in their text."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
+def _of_the_disk(error: Exception) -> int:
+    """The system's number for a failed write, 0 for other errors; some hide it in their text."""
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
     number = re.search(r"\b(?:os error|code:) (\d+)", str(error))
-    return os.strerror(int(number[1])) if number else None
+    return int(number[1]) if number else 0
 
 
 def _size(engine: Any) -> int:

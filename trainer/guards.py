@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
+from hlrlhf.runs import Attempt
 from hlrlhf.settings import Settings
 from hlrlhf.trainer.device import Device
 from hlrlhf.trainer.engine import agreed
@@ -23,16 +23,16 @@ class Guard:
 
     Args:
         settings: of the run.
-        run: its directory.
+        attempt: at the run.
         device: the rank's.
 
     Attributes:
         skipped: steps so far without an update, or with a part of one.
     """
 
-    def __init__(self, settings: Settings, run: Path, device: Device):
+    def __init__(self, settings: Settings, attempt: Attempt, device: Device):
         self._limits = settings.guard
-        self._run = run
+        self._attempt = attempt
         self._device = device
         self._in_a_row = 0
         self._warned: set[str] = set()
@@ -62,15 +62,14 @@ class Guard:
         self.skipped += not whole
         if self._in_a_row < self._limits.max_skipped:
             return
-        folder = self._run / "skipped"
+        folder = self._attempt.run.directory / "skipped"
         tensors = {name: value.cpu().contiguous() for name, value in asdict(experience).items()}
         where = f"the last batch is in {folder}. Look there at `scores` first"
+        self._attempt.check()
         try:
             folder.mkdir(exist_ok=True)
             save_file(tensors, folder / f"step-{step}.rank-{dist.get_rank()}.safetensors")
-        except (
-            Exception
-        ) as error:  # the writer raises types of its own; this is not what went wrong
+        except Exception as error:  # of the writer's own; it is not why the run stops
             where = f"the last batch could not be written to {folder}: {error}"
         dist.barrier()
         raise TrainerError(

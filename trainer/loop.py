@@ -108,7 +108,7 @@ def train(
         settings.ppo.kl_target if settings.ppo.kl_controller == "adaptive" else None,
         settings.ppo.kl_horizon,
     )
-    guard = Guard(settings, run, device)
+    guard = Guard(settings, attempt, device)
     costs = (flops.cost(actor.module), flops.cost(critic.module), rewards.cost)
     evaluation = Evaluation(prompts.held_out, sampling, settings, device)
 

@@ -69,6 +69,7 @@ class Recorder:
 
     def models(self, trained: dict[str, Parameters]) -> None:
         """Record and print how many parameters train, by the model's role."""
+        self._attempt.check()
         record = {role: parameters._asdict() for role, parameters in trained.items()}
         put(self._parameters, json.dumps(record, indent=2) + "\n")
         for role, (trainable, total) in trained.items():

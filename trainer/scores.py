@@ -161,8 +161,8 @@ class FunctionScores:
         )
 
 
-def imported(name: str) -> Callable[..., Any]:
-    """The function that ``module:function`` names.
+def imported(name: str) -> Callable[[list[str], list[str]], Any]:
+    """The function that ``module:function`` names, as one of prompts and answers in this order.
 
     Raises:
         TrainerError: there is none, or it does not take prompts and answers.
@@ -191,13 +191,24 @@ def imported(name: str) -> Callable[..., Any]:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # a builtin does not always say
         return function
+    by_name = {
+        parameter.name
+        for parameter in signature.parameters.values()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    }
+    named = by_name >= {"prompts", "answers"}
     try:
-        signature.bind([], [])
+        if named:
+            signature.bind(prompts=[], answers=[])
+        else:
+            signature.bind([], [])
     except TypeError as error:
         raise TrainerError(
             f"reward.function = {name}: {attribute}{signature} cannot be called with a list of "
             f"prompts and a list of answers: {error}"
         ) from error
+    if named:  # in whatever order
+        return lambda prompts, answers: function(prompts=prompts, answers=answers)
     return function
 
 

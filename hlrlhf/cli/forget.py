@@ -35,16 +35,24 @@ def forget(
         chosen = [run for run in runs.every() if run.made_at < limit]
     else:
         chosen = [runs.find(name) for name in names or []]
-    kept = set(states.live(chosen))
+    live = set(states.live(chosen))
+    forgotten = 0
     for run in chosen:
-        if run not in kept:
+        why = "waits or runs; cancel it first" if run in live else _unreadable(run)
+        if why is None:
             run.forget()
-        elif names:
-            _say(f"{run.name}: waits or runs; cancel it first: hlrlhf cancel {run.name}")
-    _say(f"forgot {len(chosen) - len(kept)} runs" + (f", kept {len(kept)}" if kept else ""))
-    if names and kept:
+            forgotten += 1
+        else:
+            print(f"{run.name}: kept: {why}", file=sys.stderr)
+    print(f"forgotten: {forgotten}, kept: {len(chosen) - forgotten}", file=sys.stderr)
+    if names and forgotten < len(chosen):
         raise typer.Exit(1)
 
 
-def _say(words: str) -> None:
-    print(words, file=sys.stderr)
+def _unreadable(run: runs.Run) -> str | None:
+    """Why it cannot be told whether a run is live, or None."""
+    try:
+        run.job()
+    except runs.RunError as error:
+        return str(error)
+    return None

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -136,14 +136,19 @@ def _submit(resolved: Resolved, *, as_json: bool) -> runs.Run:
     except (client.Rejected, client.SlurmError):
         run.discard()
         raise
-    submitted = states.submitted(job_id, cluster) or now
-    if now - submitted > states.SKEW:
-        _say(f"this machine's clock is {now - submitted} s ahead of Slurm's")
+    job = runs.Job("slurm", job_id, cluster, now)
     try:
-        _record(run, runs.Job("slurm", job_id, cluster, submitted), as_json=as_json)
+        run.record(job)
+        # By Slurm's own clock, by which it will be known again.
+        submitted = states.submitted(job_id, cluster) or now
+        if now - submitted > states.SKEW:
+            _say(f"this machine's clock is {now - submitted} s ahead of Slurm's")
+        job = replace(job, submitted=submitted)
+        run.record(job)
     except runs.RunError:
         _say(f"submitted as job {job_id}, which is not written down")
         raise
+    _tell(run, job, as_json=as_json)
     _say(f"follow it: hlrlhf logs -f {run.name}")
     return run
 
@@ -176,9 +181,8 @@ def _make(resolved: Resolved) -> runs.Run:
     return run
 
 
-def _record(run: runs.Run, job: runs.Job, *, as_json: bool) -> None:
-    """Write the job down, and say what there is now."""
-    run.record(job)
+def _tell(run: runs.Run, job: runs.Job, *, as_json: bool) -> None:
+    """Say what there is now."""
     whole = {"run": run.name, "directory": str(run.directory), "job": asdict(job)}
     print(json.dumps(whole) if as_json else job.id, flush=True)
     _say(f"run {run.name} in {run.directory}")
@@ -206,7 +210,8 @@ def _local(resolved: Resolved, *, as_json: bool) -> int:
         _say("environment.setup is for Slurm's nodes; here, the environment is used as it is")
     run = _make(resolved)
     job = runs.Job("local", str(os.getpid()), None, int(time.time()))
-    _record(run, job, as_json=as_json)
+    run.record(job)
+    _tell(run, job, as_json=as_json)
     try:
         outcome = launcher.run(resolved, run.directory, os.environ)
     except SettingsError:

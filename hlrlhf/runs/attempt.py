@@ -8,12 +8,11 @@ out that a newer one has begun.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from hlrlhf.runs.directory import Run, RunError
+from hlrlhf.runs.directory import Job, Run, RunError
 
 # Known to batch systems as "temporary failure, try again" (EX_TEMPFAIL of sysexits.h).
 STOPPED = 75
@@ -36,6 +35,8 @@ class Outcome:
     def read(cls, path: Path) -> Outcome | None:
         """What a file says: the code on its first line, why on its second; None if it does not."""
         try:
+            if path.is_symlink():  # see `Attempt.say`
+                return cls(int(path.readlink().name), "the disk had no room for why")
             code, _, why = path.read_text(encoding="utf-8", errors="replace").partition("\n")
             return cls(int(code), why.rstrip("\n"))
         except (OSError, ValueError):
@@ -81,9 +82,18 @@ class Attempt:
 
     def say(self, outcome: Outcome) -> None:
         """Leave an outcome in `said`, unless another rank was first."""
-        if self.job is not None:
-            with contextlib.suppress(OSError), self.said.open("x", encoding="utf-8") as file:
-                file.write(str(outcome))
+        if self.job is None:
+            return
+        with contextlib.suppress(OSError):
+            try:
+                with self.said.open("x", encoding="utf-8") as file:
+                    file.write(str(outcome))
+            except FileExistsError:
+                return
+            except OSError:
+                # A disk that is full has no block left, but room for the name of a link.
+                self.said.unlink(missing_ok=True)
+                self.said.symlink_to(str(outcome.code))
 
     def heard(self) -> Outcome | None:
         """What the ranks have said of their end, if they have."""
@@ -96,7 +106,15 @@ class Attempt:
             RunError: one has, or ``job.json`` cannot be understood.
         """
         job = self.run.job()
-        if self.job is not None and job is not None and job.log_id != self.job:
+        if job is None:
+            return
+        if self.job is None:
+            if self._may_run(job):
+                raise RunError(
+                    f"{self.run.directory}: its job {job.id} runs, or has left no word of its end; "
+                    "by hand, take a directory of your own with a copy of settings.yaml"
+                )
+        elif job.log_id != self.job:
             raise RunError(
                 f"{self.run.directory}: is the run of job {job.id}, and this is job {self.job}; "
                 "two jobs must not share it: submit anew, with "
@@ -108,7 +126,11 @@ class Attempt:
 
         Raises:
             RunError: the directory cannot be written.
+            SupersededError: a later attempt of the same job has begun already.
         """
+        job, _, number = self._read_newest().partition(", attempt ")
+        if job == self.job and number.isdigit() and int(number) > self.number:
+            self.check()
         try:
             self.run.logs.mkdir(exist_ok=True)
             draft = self._newest.with_suffix(".new")
@@ -123,11 +145,8 @@ class Attempt:
         Raises:
             SupersededError: another attempt has begun since.
         """
-        try:
-            newest = self._newest.read_text(encoding="ascii")
-        except OSError:
-            return  # it cannot be told, which is no reason to end a run
-        if newest != self._name:
+        newest = self._read_newest()
+        if newest not in ("", self._name):
             raise SupersededError(
                 f"a newer attempt at this run has begun ({newest}), so this one ({self._name}) "
                 "ends and writes nothing more"
@@ -137,6 +156,20 @@ class Attempt:
     def _newest(self) -> Path:
         return self.run.logs / "newest"
 
+    def _may_run(self, job: Job) -> bool:
+        if job.kind == "local":
+            return self.run.is_held()
+        name, _, number = self._read_newest().partition(", attempt ")
+        ended = Attempt(self.run, name, int(number)).ended if number.isdigit() else None
+        return name == job.log_id and not (ended and ended.exists())
+
+    def _read_newest(self) -> str:
+        """The newest attempt; empty where it cannot be told, which is no reason to end a run."""
+        try:
+            return self._newest.read_text(encoding="ascii")
+        except OSError:
+            return ""
+
     @property
     def _name(self) -> str:
-        return f"{self.job or f'process {os.getpid()}'}, attempt {self.number}"
+        return f"{self.job or 'by hand'}, attempt {self.number}"

@@ -98,26 +98,24 @@ class Run:
 
     @property
     def is_deleted(self) -> bool:
-        """Whether the directory is gone."""
-        return not self.directory.is_dir()
+        """Whether the directory is gone, or cannot be reached from here."""
+        return not os.path.isdir(self.directory)  # noqa: PTH112 - Path raises on what it cannot reach
 
     def record(self, job: Job) -> None:
-        """Write ``job.json``, and its copy in the index.
+        """Write ``job.json``, and its copy in the index if that is possible.
 
         Raises:
-            RunError: it cannot be written.
+            RunError: ``job.json`` cannot be written.
         """
         text = json.dumps(asdict(job)) + "\n"
-        for file in filter(None, (self.job_file, self.job_copy)):
-            try:
-                if file == self.job_copy:
-                    file.parent.mkdir(exist_ok=True)
-                # Written whole beside it and renamed, so that no reader sees half of it.
-                draft = file.with_name(f".{file.name}.new")
-                draft.write_text(text, encoding="utf-8")
-                draft.replace(file)
-            except OSError as error:
-                raise RunError(f"{file}: {error.strerror}") from error
+        try:
+            _replace(self.job_file, text)
+        except OSError as error:
+            raise RunError(f"{self.job_file}: {error.strerror}") from error
+        if self.job_copy is not None:
+            with contextlib.suppress(OSError):
+                self.job_copy.parent.mkdir(exist_ok=True)
+                _replace(self.job_copy, text)
 
     def job(self) -> Job | None:
         """The run's job, or None when it was never submitted.
@@ -209,6 +207,13 @@ class Run:
                 file.unlink(missing_ok=True)
         except OSError as error:
             raise RunError(f"{error.filename}: {error.strerror}") from error
+
+
+def _replace(file: Path, text: str) -> None:
+    """Write a file whole beside its place and rename it, so that no reader sees half of it."""
+    draft = file.with_name(f".{file.name}.new")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(file)
 
 
 def remove_empty(folders: Iterable[Path]) -> None:

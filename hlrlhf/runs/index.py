@@ -69,8 +69,12 @@ def every(environ: Mapping[str, str] = os.environ) -> list[Run]:
         links = list(_folder(environ).iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return []
-    found = [run for link in links if (run := _entry(link))]
-    return sorted(found, key=lambda run: run.made_at)
+    found: list[tuple[float, Run]] = []
+    for link in links:
+        with contextlib.suppress(FileNotFoundError):  # forgotten meanwhile
+            if run := _entry(link):
+                found.append((run.made_at, run))
+    return [run for _, run in sorted(found, key=lambda pair: pair[0])]
 
 
 def find(name: str, environ: Mapping[str, str] = os.environ) -> Run:
@@ -87,7 +91,10 @@ def find(name: str, environ: Mapping[str, str] = os.environ) -> Run:
     path = Path(os.path.abspath(name))  # noqa: PTH100 - a run may be reached by a link
     if os.sep in name or name in (".", ".."):
         if not _is_run(path):
-            raise RunError(f"{name}: not a run directory")
+            gone = next((run for run in runs if run.directory == path), None)
+            if gone is None:
+                raise RunError(f"{name}: not a run directory")
+            return gone
         own = path.stat()
         return next((run for run in runs if _is_at(run.directory, own)), Run(path))
     found = [run for run in runs if name == run.name]

@@ -73,15 +73,16 @@ def progress(run: Run) -> Progress | None:
 def attempts(run: Run, job: Job) -> dict[int, Outcome | None]:
     """The attempts of a job that left a trace, in order, each with how it said that it ended."""
     found: dict[int, Outcome | None] = {}
-    pattern = re.compile(rf"{re.escape(job.log_id)}\.([0-9]{{1,9}})\.(log|exit)", re.ASCII)
+    pattern = re.compile(rf"{re.escape(job.log_id)}\.([0-9]{{1,9}})\.(log|exit|rank)", re.ASCII)
     for name in _names(run.logs):
         match = pattern.fullmatch(name)
         if match is None:
             continue
         attempt = int(match[1])
-        found.setdefault(attempt, None)
-        if match[2] == "exit":
-            found[attempt] = Outcome.read(Attempt(run, job.log_id, attempt).ended)
+        if attempt not in found:
+            own = Attempt(run, job.log_id, attempt)
+            # The ranks' word alone, where what started them could not repeat it.
+            found[attempt] = Outcome.read(own.ended) or own.heard()
     return dict(sorted(found.items()))
 
 

@@ -133,7 +133,7 @@ def contradictions(settings: Settings, values: Mapping[str, Given]) -> Iterator[
     )
     if len(memory) > 1:
         yield memory, "Slurm takes one of the three; set the others to nothing"
-    for what in refused_lines(settings.slurm.extra):
+    for what in refused_lines(settings.slurm.extra, gres=bool(settings.gres_name)):
         yield ("slurm.extra",), what
     for what in refused_arguments(settings.slurm.srun_args):
         yield ("slurm.srun_args",), what

@@ -18,7 +18,8 @@ _SBATCH = {
     "nodes": "set num_nodes",
     "ntasks": "set num_nodes and devices_per_node",
     "ntasks-per-node": "set devices_per_node",
-    "gres": "set slurm.gres_name, slurm.gres_type and devices_per_node",
+    "gres": "set slurm.gres_name, slurm.gres_type and devices_per_node, or give all of it here "
+    "and set slurm.gres_name to nothing",
     **{
         option: f"set slurm.{option.replace('-', '_')}"
         for option in (
@@ -36,6 +37,7 @@ _SBATCH = {
     "test-only": "call hlrlhf submit --test-only",
     "parsable": "hlrlhf gives it itself",
     "wait": "call hlrlhf submit --wait",
+    **dict.fromkeys(("help", "usage", "version"), "sbatch would print it and submit nothing"),
     # Older names.
     "tasks": "set num_nodes and devices_per_node",
     "tasks-per-node": "set devices_per_node",
@@ -68,8 +70,14 @@ _SWITCHES = "EHIOQVXZhlsuv"
 _WHOLE = {"container"}
 
 
-def refused_lines(lines: Sequence[str]) -> Iterator[str]:
-    """What is wrong with directives, each as it stands after #SBATCH."""
+def refused_lines(lines: Sequence[str], *, gres: bool) -> Iterator[str]:
+    """What is wrong with directives, each as it stands after #SBATCH.
+
+    Args:
+        lines: the directives.
+        gres: whether the script says --gres.
+    """
+    table = {name: words for name, words in _SBATCH.items() if gres or name != "gres"}
     for line in lines:
         # Slurm begins another job's request at these words, older ones anywhere in a line.
         if re.search("hetjob|packjob", line, re.IGNORECASE):
@@ -80,7 +88,9 @@ def refused_lines(lines: Sequence[str]) -> Iterator[str]:
         except ValueError as error:
             yield f"{line!r}: {error}"
         else:
-            yield from _refused(words, _SBATCH)
+            # `slurm.exclusive` says no more than that: whose nodes they may be is said here.
+            bare = [word for word in words if not word.startswith("--exclusive=")]
+            yield from _refused(bare, table)
 
 
 def refused_arguments(words: Sequence[str]) -> Iterator[str]:

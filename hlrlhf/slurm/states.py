@@ -28,7 +28,7 @@ from hlrlhf.slurm.client import SlurmError
 SKEW = 60
 # Jobs that one command is asked about: an argument has a largest length.
 _AT_ONCE = 1000
-_DELETED = "its directory was deleted"
+_DELETED = "its directory is not there: it was deleted, or is not mounted here"
 # With --watch, --wait and -f: pauses between two looks, and the longest one while Slurm is away.
 INTERVAL = 5.0
 _LONGEST = 60.0
@@ -205,7 +205,7 @@ def merge(
     """
     restarts = max([len(recorded) - 1, *traces, 0])
     last = recorded[-1] if recorded else None
-    outcome = traces[max(traces)] if traces else None
+    outcome = traces.get(restarts)
     if queued and not queued.ended:
         return replace(queued, restarts=restarts)
     if last and last.ended:
