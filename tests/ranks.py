@@ -187,7 +187,7 @@ def _call(
     import tiny
     import torch
 
-    from hlrlhf.trainer import engine
+    from hlrlhf.trainer.models import engine
 
     torch.set_num_threads(int(THREADS))
     try:

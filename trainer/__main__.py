@@ -66,7 +66,8 @@ def main(attempt: Attempt) -> Outcome:
     device = devices.select(settings, local_rank)
     _quieten()
     # DeepSpeed looks for its accelerator when it is imported: only now does the device stand.
-    from hlrlhf.trainer import engine, loop
+    from hlrlhf.trainer import loop
+    from hlrlhf.trainer.models import engine
 
     engine.start(device)
     if loop.train(settings, attempt, device, lambda: len(received)):

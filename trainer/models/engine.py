@@ -20,8 +20,8 @@ from hlrlhf.settings import Settings
 from hlrlhf.settings.schema import Actor, Critic
 from hlrlhf.trainer.device import Device
 from hlrlhf.trainer.errors import TrainerError
-from hlrlhf.trainer.lora import is_adapter
-from hlrlhf.trainer.models import Policy, Scorer
+from hlrlhf.trainer.models.forwards import Policy, Scorer
+from hlrlhf.trainer.models.lora import is_adapter
 
 
 def start(device: Device) -> None:

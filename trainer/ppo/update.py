@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from hlrlhf.settings import Settings
-from hlrlhf.trainer import engine, ppo
+from hlrlhf.trainer import formulas
 from hlrlhf.trainer.device import Device
-from hlrlhf.trainer.ema import Average
-from hlrlhf.trainer.experience import Experience
-from hlrlhf.trainer.pretraining import Mix
+from hlrlhf.trainer.models import engine
+from hlrlhf.trainer.models.ema import Average
+from hlrlhf.trainer.ppo.experience import Experience
+from hlrlhf.trainer.ppo.pretraining import Mix
 
 
 def update(
@@ -76,17 +77,17 @@ def update(
     return totals, whole
 
 
-def _policy_loss(actor: Any, micro: Experience, settings: Settings) -> ppo.PolicyLoss:
+def _policy_loss(actor: Any, micro: Experience, settings: Settings) -> formulas.PolicyLoss:
     logprobs = actor(
         micro.sequences, micro.attention_mask, micro.answer_width, settings.generation.temperature
     )
-    return ppo.policy_loss(
+    return formulas.policy_loss(
         logprobs, micro.logprobs, micro.advantages, micro.answer_mask, settings.ppo.clip_range
     )
 
 
 def _value_loss(critic: Any, micro: Experience, settings: Settings) -> Tensor:
     values = critic(micro.sequences, micro.attention_mask, micro.answer_width)[:, :-1]
-    return ppo.value_loss(
+    return formulas.value_loss(
         values, micro.values, micro.returns, micro.answer_mask, settings.ppo.value_clip_range
     )
