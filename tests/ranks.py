@@ -23,7 +23,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from hlrlhf.ports import rendezvous_port
+from hlrlhf.jobs.ports import rendezvous_port
 from hlrlhf.settings import layers
 
 # Of each rank; `make test-portable` takes more.

@@ -34,8 +34,9 @@ from transformers import (  # noqa: E402
     GenerationConfig,
 )
 
-from hlrlhf import local, runs  # noqa: E402
-from hlrlhf.ports import rendezvous_port  # noqa: E402
+from hlrlhf import runs  # noqa: E402
+from hlrlhf.jobs import local  # noqa: E402
+from hlrlhf.jobs.ports import rendezvous_port  # noqa: E402
 from hlrlhf.runs import Attempt  # noqa: E402
 from hlrlhf.settings import layers  # noqa: E402
 from hlrlhf.trainer.models.loading import load_scorer, saved_as  # noqa: E402

@@ -31,7 +31,7 @@ def main() -> None:
 
 def _explain(error: Exception) -> tuple[int, Iterator[str]]:
     """The exit code and the words for an error; what we did not foresee is raised again."""
-    from hlrlhf.demo import DemoError
+    from hlrlhf.jobs.demo import DemoError
     from hlrlhf.runs import RunError
     from hlrlhf.settings.errors import SettingsError
     from hlrlhf.slurm.client import Rejected, SlurmError

@@ -15,12 +15,13 @@ from typing import Annotated
 
 import typer
 
-from hlrlhf import demo, runs
+from hlrlhf import runs
 from hlrlhf.cli import options
+from hlrlhf.jobs import demo, states
 from hlrlhf.settings import SettingsError, hints, layers
 from hlrlhf.settings.errors import printable
 from hlrlhf.settings.layers import Resolved
-from hlrlhf.slurm import client, script, states
+from hlrlhf.slurm import client, script
 from hlrlhf.slurm.answers import STOPPED_EARLY
 
 # The settings outside `slurm.` that a job's request is made of.
@@ -60,7 +61,7 @@ def submit(
         raise typer.BadParameter("of --dry-run, --test-only, and --wait or --local, give one")
     resolved = options.resolved(preset, config, flags, template)
     if local:
-        from hlrlhf import local as launcher
+        from hlrlhf.jobs import local as launcher
 
         launcher.check(resolved)
         hints.check_here(resolved, _made(resolved))
@@ -204,7 +205,7 @@ def _wait(run: runs.Run) -> int:
 
 def _local(resolved: Resolved, *, as_json: bool) -> int:
     """Run to the end on this machine; the run's exit code."""
-    from hlrlhf import local as launcher
+    from hlrlhf.jobs import local as launcher
 
     if resolved.settings.environment.setup:
         _say("environment.setup is for Slurm's nodes; here, the environment is used as it is")

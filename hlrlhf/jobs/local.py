@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from hlrlhf.ports import PortTakenError, rendezvous_port
+from hlrlhf.jobs.ports import PortTakenError, rendezvous_port
 from hlrlhf.runs import STOPPED, Attempt, Outcome, Run
 from hlrlhf.settings.errors import Problem, SettingsError
 from hlrlhf.settings.layers import Resolved
