@@ -17,6 +17,7 @@ from tiny import one_rank  # noqa: E402, F401
 from torch import nn  # noqa: E402
 
 from hlrlhf.trainer.models import engine, forwards, loading, lora  # noqa: E402
+from hlrlhf.trainer.ranks import agreed, summed  # noqa: E402
 
 ROWS = [[1, 5, 6, 7], [1, 30, 31]]
 
@@ -476,6 +477,6 @@ def test_actor_and_critic_have_settings_of_their_own(tmp_path: Path) -> None:
 def test_sums_and_votes_of_one_rank() -> None:
     device = tiny.cpu(tiny.settings())
 
-    assert engine.summed(torch.tensor([1.5, 2.0])).tolist() == [1.5, 2.0]
-    assert engine.agreed(True, device)
-    assert not engine.agreed(False, device)
+    assert summed(torch.tensor([1.5, 2.0])).tolist() == [1.5, 2.0]
+    assert agreed(True, device)
+    assert not agreed(False, device)

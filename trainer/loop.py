@@ -13,7 +13,7 @@ import torch.distributed as dist
 from hlrlhf.runs import Attempt
 from hlrlhf.settings import Settings
 from hlrlhf.settings.schema import Actor, Critic
-from hlrlhf.trainer import flops, formulas, lengths, measures, paths
+from hlrlhf.trainer import flops, formulas, lengths, measures, paths, ranks
 from hlrlhf.trainer.data import reading
 from hlrlhf.trainer.decoding import hybrid
 from hlrlhf.trainer.device import Device
@@ -162,7 +162,7 @@ def train(
             interval = settings.print_answers_interval
             aloud = interval > 0 and (step + 1) % interval == 0
             recorder.samples(measures.samples(rollout, experience, tokenizer), aloud=aloud)
-        if step + 1 < total_steps and engine.agreed(warnings() > 0, device):
+        if step + 1 < total_steps and ranks.agreed(warnings() > 0, device):
             complete = False
             break
         interval = settings.save_interval
@@ -173,7 +173,7 @@ def train(
     # One folder, unless the setting names another file system than the run directory's.
     folders = dict.fromkeys([saved_models / name, run / "checkpoints" / name])
     heard = warnings()
-    place = export.save_at_last([*folders], save, lambda: engine.agreed(warnings() > heard, device))
+    place = export.save_at_last([*folders], save, lambda: ranks.agreed(warnings() > heard, device))
     if recorder is not None:
         print(recorder.close())
         print(f"actor and critic are in {place}", flush=True)

@@ -12,9 +12,9 @@ from hlrlhf.settings import Settings
 from hlrlhf.trainer import flops, formulas
 from hlrlhf.trainer.device import Device
 from hlrlhf.trainer.flops import Cost
-from hlrlhf.trainer.models.engine import summed
 from hlrlhf.trainer.ppo.experience import Experience, moments
 from hlrlhf.trainer.ppo.rollout import Rollout
+from hlrlhf.trainer.ranks import summed
 
 
 class Clock:

@@ -273,18 +273,6 @@ def _exact_buffers(model: nn.Module) -> Iterator[None]:
         setattr(module, name, buffer.to(getattr(module, name).device))
 
 
-def summed(values: Tensor) -> Tensor:
-    """The sum over all ranks of a tensor, in place."""
-    dist.all_reduce(values)
-    return values
-
-
-def agreed(flag: bool, device: Device) -> bool:
-    """Whether any rank says yes; all ranks have to ask."""
-    votes = torch.tensor([float(flag)], device=device.torch)
-    return bool(summed(votes).item())
-
-
 def _config(settings: Settings, zero_stage: int) -> dict[str, Any]:
     return {
         "bf16": {"enabled": settings.dtype == "bf16", "check_grad_overflow": True},

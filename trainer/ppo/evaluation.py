@@ -18,11 +18,11 @@ from torch import Tensor
 from hlrlhf.settings import Settings
 from hlrlhf.trainer.data.rows import Rows
 from hlrlhf.trainer.device import Device
-from hlrlhf.trainer.models.engine import summed
 from hlrlhf.trainer.models.frozen import Copy
 from hlrlhf.trainer.ppo import rollout as rollouts
 from hlrlhf.trainer.ppo.experience import answer_logprobs
 from hlrlhf.trainer.ppo.rollout import Rollout, Sampling
+from hlrlhf.trainer.ranks import summed
 
 
 @dataclass(frozen=True)

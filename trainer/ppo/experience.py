@@ -12,9 +12,9 @@ from torch import Tensor
 from hlrlhf.settings import Settings
 from hlrlhf.trainer import formulas
 from hlrlhf.trainer.device import Device
-from hlrlhf.trainer.models.engine import summed
 from hlrlhf.trainer.ppo.rewards import Rewards
 from hlrlhf.trainer.ppo.rollout import Rollout
+from hlrlhf.trainer.ranks import summed
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from hlrlhf.runs import Attempt
 from hlrlhf.settings import Settings
 from hlrlhf.trainer.device import Device
 from hlrlhf.trainer.errors import TrainerError
-from hlrlhf.trainer.models.engine import agreed
 from hlrlhf.trainer.ppo.experience import Experience
+from hlrlhf.trainer.ranks import agreed
 
 
 class Guard:

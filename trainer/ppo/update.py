@@ -14,6 +14,7 @@ from hlrlhf.trainer.models import engine
 from hlrlhf.trainer.models.ema import Average
 from hlrlhf.trainer.ppo.experience import Experience
 from hlrlhf.trainer.ppo.pretraining import Mix
+from hlrlhf.trainer.ranks import summed
 
 
 def update(
@@ -49,7 +50,7 @@ def update(
         for minibatch in experience.split(len(experience.scores) // settings.ppo.minibatches):
             # Each token of the minibatch counts the same, however its rows are spread over micro
             # batches and ranks. DeepSpeed divides by the ranks, so that is taken back.
-            share = settings.world_size / engine.summed(minibatch.answer_mask.sum().float())
+            share = settings.world_size / summed(minibatch.answer_mask.sum().float())
             # One model after the other, so that the gradients of one at a time take up memory.
             for micro in minibatch.split(settings.mbs):
                 parts = _policy_loss(actor, micro, settings)
