@@ -23,9 +23,12 @@ from test_update import made
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from hlrlhf.trainer import checkpoint, dropout, engine, flops, loading, lora, models, rollout
+from hlrlhf.trainer import flops
 from hlrlhf.trainer.errors import TrainerError
-from hlrlhf.trainer.update import update
+from hlrlhf.trainer.models import dropout, engine, forwards, loading, lora
+from hlrlhf.trainer.ppo import rollout
+from hlrlhf.trainer.ppo.update import update
+from hlrlhf.trainer.saving import export
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "architectures.md"
 HEAD = """\
@@ -210,7 +213,7 @@ def check_all_tell(last: Callable[[list[int]], Tensor], row: list[int]) -> None:
         assert (last(swapped) - expected).abs() > 10 * TOLERANCE["atol"]
 
 
-def check_rollout(policy: models.Policy) -> None:
+def check_rollout(policy: forwards.Policy) -> None:
     """Log-probs of sampled answers are those of the probabilities that they were drawn from."""
     settings = tiny.settings("generation.max_new_tokens=6", "generation.temperature=0.7")
     cpu = tiny.cpu(settings)
@@ -355,7 +358,7 @@ class Run:
     def check_saved(self) -> None:
         """Actor and critic, loaded again."""
         attempt = tiny.attempt(self.folder)
-        checkpoint.save_models(self.folder, *self.engines.values(), tiny.tokenizer(), attempt)
+        export.save_models(self.folder, *self.engines.values(), tiny.tokenizer(), attempt)
         ids, mask = tiny.padded(ROWS, width=10)
         actor, critic = (trained.module.eval() for trained in self.engines.values())
         policy = loading.load_policy(str(self.folder / "actor"), "fp32", 0.0).eval()

@@ -23,7 +23,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from hlrlhf.ports import rendezvous_port
+from hlrlhf.jobs.ports import rendezvous_port
 from hlrlhf.settings import layers
 
 # Of each rank; `make test-portable` takes more.
@@ -187,7 +187,7 @@ def _call(
     import tiny
     import torch
 
-    from hlrlhf.trainer import engine
+    from hlrlhf.trainer.models import engine
 
     torch.set_num_threads(int(THREADS))
     try:

@@ -14,8 +14,9 @@ from ranks import together  # noqa: E402
 from tiny import EOS, PAD, one_rank  # noqa: E402, F401
 from transformers import AutoModelForCausalLM, GPTNeoConfig  # noqa: E402
 
-from hlrlhf.trainer import agreement, loading, lora, rollout  # noqa: E402
 from hlrlhf.trainer.errors import TrainerError  # noqa: E402
+from hlrlhf.trainer.models import loading, lora  # noqa: E402
+from hlrlhf.trainer.ppo import agreement, rollout  # noqa: E402
 
 PROMPTS = [[1, 5, 6, 7, 8, 9], [1, 30], [1, 11, 12], [1, 4]]
 

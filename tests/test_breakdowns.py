@@ -15,8 +15,8 @@ from cluster import Cluster, job_id, until
 from ranks import read_lines
 
 from hlrlhf import runs
+from hlrlhf.jobs.states import look
 from hlrlhf.runs import Run
-from hlrlhf.slurm.states import look
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 

@@ -13,8 +13,8 @@ import pytest
 from cluster import Cluster, job_id
 
 from hlrlhf import runs
+from hlrlhf.jobs.states import look
 from hlrlhf.runs import Job, Run
-from hlrlhf.slurm.states import look
 
 COMMAND = [sys.executable, "-c", "from hlrlhf.cli import main; main()", "cancel"]
 

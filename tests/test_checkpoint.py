@@ -17,8 +17,9 @@ from ranks import Run, finish, prepare, running, together, train  # noqa: E402
 from test_records import no_file_longer_than  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
-from hlrlhf.trainer import checkpoint, ema, engine, loading  # noqa: E402
 from hlrlhf.trainer.errors import TrainerError  # noqa: E402
+from hlrlhf.trainer.models import ema, engine, loading  # noqa: E402
+from hlrlhf.trainer.saving import export  # noqa: E402
 
 ROOM = "8m"  # for the demo's models once, which have 4 MB
 
@@ -50,10 +51,10 @@ def saved(models: Path, place: Path, ranks: int, stage: int) -> tuple[list[str],
     for limit in (10**9, 4000, 10**9):
         with no_file_longer_than(limit):
             try:
-                checkpoint.save_models(
+                export.save_models(
                     place / "final", actor, critic, tiny.tokenizer(), attempt, average
                 )
-            except checkpoint.NotSavedError as error:
+            except export.NotSavedError as error:
                 said.append(str(error))
         torch.distributed.barrier()
         held.append(sorted(path.name for path in place.iterdir()))
@@ -91,12 +92,12 @@ def test_a_save_that_fails_leaves_nothing_and_takes_nothing_away(
 
 def saved_at_last(models: Path, room: Path) -> list[Any]:
     """Save where there is no folder, then where there is no room until it has been waited for."""
-    checkpoint.PAUSE = 1
+    export.PAUSE = 1
     actor, critic = engines(models, 2, 0)
     asked = 0
 
     def save(folder: Path) -> None:
-        checkpoint.save_models(folder, actor, critic, tiny.tokenizer(), tiny.attempt(models))
+        export.save_models(folder, actor, critic, tiny.tokenizer(), tiny.attempt(models))
 
     def asked_to_stop() -> bool:
         nonlocal asked
@@ -107,7 +108,7 @@ def saved_at_last(models: Path, room: Path) -> list[Any]:
         return False
 
     folders = [models / "policy" / "config.json" / "final", room / "final"]
-    return [checkpoint.save_at_last(folders, save, asked_to_stop), asked]
+    return [export.save_at_last(folders, save, asked_to_stop), asked]
 
 
 def test_a_last_save_goes_to_the_next_place_and_waits_for_room(tmp_path: Path) -> None:
@@ -126,7 +127,7 @@ def test_a_last_save_goes_to_the_next_place_and_waits_for_room(tmp_path: Path) -
 def programmed_wrong(models: Path, place: Path) -> list[str]:
     actor, critic = engines(models, 1, 0)
     with pytest.raises(AttributeError, match="save_pretrained"):
-        checkpoint.save_models(place / "final", actor, critic, None, tiny.attempt(place))
+        export.save_models(place / "final", actor, critic, None, tiny.attempt(place))
     return [path.name for path in place.iterdir()]
 
 
@@ -217,4 +218,4 @@ def test_without_a_disk_at_fault_there_is_no_waiting(tmp_path: Path) -> None:
         raise TrainerError("something else")
 
     with pytest.raises(TrainerError, match="something else"):
-        checkpoint.save_at_last([tmp_path], fail, lambda: True)
+        export.save_at_last([tmp_path], fail, lambda: True)

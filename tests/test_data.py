@@ -20,9 +20,9 @@ from hypothesis import strategies as st  # noqa: E402
 from tiny import one_rank  # noqa: E402, F401
 from tokenizers import processors  # noqa: E402
 
-from hlrlhf.trainer import data  # noqa: E402
+from hlrlhf.trainer.data import reading  # noqa: E402
+from hlrlhf.trainer.data.rows import Rows  # noqa: E402
 from hlrlhf.trainer.errors import TrainerError  # noqa: E402
-from hlrlhf.trainer.rows import Rows  # noqa: E402
 
 TEXTS = ["Human: hi\n\nAssistant:", 'Human: ünï 漢字, "quoted"\nline\n\nAssistant:', "third"]
 TEMPLATE = (
@@ -38,7 +38,7 @@ def tokenizer() -> Any:
 
 
 def read(path: Path | str, tokenizer: Any, *flags: str) -> list[list[int]]:
-    return list(data.read(str(path), tiny.settings(*flags), tokenizer))
+    return list(reading.read(str(path), tiny.settings(*flags), tokenizer))
 
 
 def texts(prompts: Iterable[list[int]], tokenizer: Any) -> list[str]:
@@ -307,7 +307,7 @@ def test_data_sets_that_cannot_be_read(tmp_path: Path, tokenizer: Any) -> None:
 def test_without_weights_a_blend_holds_all_of_all() -> None:
     sets = [Rows.of([[1], [2]]), Rows.of([[3]])]
 
-    assert list(data.blend(sets, None, 0)) == [[1], [2], [3]]
+    assert list(reading.blend(sets, None, 0)) == [[1], [2], [3]]
 
 
 @pytest.mark.parametrize(
@@ -324,13 +324,13 @@ def test_weights_are_shares_and_no_prompt_is_taken_twice(
 ) -> None:
     sets = [Rows.of([index, row] for row in range(size)) for index, size in enumerate(sizes)]
 
-    mixed = list(data.blend(sets, weights, 3))
+    mixed = list(reading.blend(sets, weights, 3))
 
     assert tuple(Counter(index for index, _ in mixed).values()) == taken
     assert len({tuple(prompt) for prompt in mixed}) == len(mixed)
-    assert mixed == list(data.blend(sets, weights, 3))
+    assert mixed == list(reading.blend(sets, weights, 3))
     if taken[-1] < sizes[-1]:
-        assert mixed != list(data.blend(sets, weights, 4))
+        assert mixed != list(reading.blend(sets, weights, 4))
 
 
 @pytest.mark.knob("dataset.path", "dataset.weights")
@@ -341,10 +341,10 @@ def test_the_prompts_of_a_run(tmp_path: Path, tokenizer: Any) -> None:
     paths = f"dataset.path=[{first}, {second}]"
     settings = tiny.settings(paths, "dataset.weights=[2, 1]", "seed=9")
 
-    prompts = data.load_prompts(settings, tokenizer, torch.device("cpu"))
+    prompts = reading.load_prompts(settings, tokenizer, torch.device("cpu"))
 
     sets = [Rows.of(read(path, tokenizer)) for path in (first, second)]
-    assert list(prompts.ids) == list(data.blend(sets, [2, 1], 9))
+    assert list(prompts.ids) == list(reading.blend(sets, [2, 1], 9))
     assert len(prompts.ids) == 9
     assert prompts.seed == 9
 
@@ -355,7 +355,7 @@ def test_the_prompts_of_a_run(tmp_path: Path, tokenizer: Any) -> None:
 def held_out(
     ids: list[list[int]], own: list[list[int]] | None, count: int, seed: int
 ) -> tuple[list[list[int]], list[list[int]]]:
-    left, held = data.hold_out(Rows.of(ids), None if own is None else Rows.of(own), count, seed)
+    left, held = reading.hold_out(Rows.of(ids), None if own is None else Rows.of(own), count, seed)
     return list(left), list(held)
 
 
@@ -393,9 +393,9 @@ def test_the_held_out_prompts_of_a_run(tmp_path: Path, tokenizer: Any) -> None:
     other = as_saved(tmp_path, [{"prompt": "b" * i} for i in range(1, 7)])
     flags = (f"dataset.path={train}", "evaluation.interval=5")
 
-    def loaded(*more: str) -> data.Prompts:
+    def loaded(*more: str) -> reading.Prompts:
         settings = tiny.settings(*flags, *more)
-        return data.load_prompts(settings, tokenizer, torch.device("cpu"))
+        return reading.load_prompts(settings, tokenizer, torch.device("cpu"))
 
     own = loaded("evaluation.prompts=3")
     assert (len(own.ids), len(own.held_out)) == (5, 3)
@@ -413,7 +413,7 @@ def test_the_held_out_prompts_of_a_run(tmp_path: Path, tokenizer: Any) -> None:
 @hypothesis.settings(max_examples=60)
 @hypothesis.given(st.integers(1, 20), st.integers(1, 9), st.integers(0, 2**31))
 def test_each_pass_takes_every_prompt_once(count: int, size: int, seed: int) -> None:
-    prompts = data.Prompts(Rows.of([i] for i in range(count)), seed)
+    prompts = reading.Prompts(Rows.of([i] for i in range(count)), seed)
     steps = -(-3 * count // size)
 
     stream = [index for step in range(steps) for index in prompts.batch(step, size)]
@@ -421,22 +421,22 @@ def test_each_pass_takes_every_prompt_once(count: int, size: int, seed: int) -> 
     for epoch in range(3):
         assert sorted(stream[epoch * count : (epoch + 1) * count]) == list(range(count))
     # A batch follows from its step alone, whoever asks, in whatever order.
-    again = data.Prompts(prompts.ids, seed)
+    again = reading.Prompts(prompts.ids, seed)
     for step in reversed(range(steps)):
         assert again.batch(step, size) == stream[step * size : (step + 1) * size]
 
 
 def test_passes_and_seeds_differ_in_their_order() -> None:
-    prompts = data.Prompts(Rows.of([i] for i in range(50)), 1)
+    prompts = reading.Prompts(Rows.of([i] for i in range(50)), 1)
     orders = [prompts.batch(step, 50) for step in range(3)]
-    orders += [data.Prompts(prompts.ids, 7).batch(0, 50), list(range(50))]
+    orders += [reading.Prompts(prompts.ids, 7).batch(0, 50), list(range(50))]
 
     assert len({tuple(order) for order in orders}) == len(orders)
 
 
 @pytest.mark.parametrize(("multiple", "width"), [(1, 3), (4, 4), (3, 3)])
 def test_prompts_are_padded_on_the_left(multiple: int, width: int) -> None:
-    ids, mask = data.pad_left([[5, 6, 7], [8]], 9, multiple)
+    ids, mask = reading.pad_left([[5, 6, 7], [8]], 9, multiple)
 
     left = width - 3
     assert ids.tolist() == [[9] * left + [5, 6, 7], [9] * (left + 2) + [8]]
@@ -453,7 +453,7 @@ def test_what_a_rank_keeps_are_4_bytes_a_token_and_two_numbers_a_prompt(
     path = as_jsonl(tmp_path, [{"prompt": f"{i} is a number"} for i in range(300)])
     flags = (f"dataset.path={path}", "evaluation.interval=1", "evaluation.prompts=50")
 
-    prompts = data.load_prompts(tiny.settings(*flags), tokenizer, torch.device("cpu"))
+    prompts = reading.load_prompts(tiny.settings(*flags), tokenizer, torch.device("cpu"))
     prompts.batch(0, 400)  # spans two passes, each in an order of its own
 
     for rows, number in ((prompts.ids, 250), (prompts.held_out, 50)):
@@ -467,10 +467,10 @@ def test_what_a_rank_keeps_are_4_bytes_a_token_and_two_numbers_a_prompt(
 
 
 def test_a_data_set_is_tokenized_in_parts(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
-    monkeypatch.setattr(data, "SIDE_BY_SIDE", 3)
+    monkeypatch.setattr(reading, "SIDE_BY_SIDE", 3)
     written = ["a", "bb", "c", "dd", "e", "ff", "g"]
 
-    assert texts(data.tokenized(written, tokenizer), tokenizer) == written
+    assert texts(reading.tokenized(written, tokenizer), tokenizer) == written
 
 
 @hypothesis.given(st.lists(st.lists(st.integers(0, 2**31 - 1), max_size=4), max_size=8), st.data())

@@ -25,7 +25,7 @@ from transformers import (  # noqa: E402
     AutoTokenizer,
 )
 
-from hlrlhf.demo import DemoError, prepare  # noqa: E402
+from hlrlhf.jobs.demo import DemoError, prepare  # noqa: E402
 from hlrlhf.settings import Resolved, resolve  # noqa: E402
 from hlrlhf.trainer import demo  # noqa: E402
 

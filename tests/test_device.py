@@ -17,8 +17,10 @@ import psutil  # noqa: E402
 from ranks import Run, prepare, train, variables  # noqa: E402
 
 from hlrlhf.settings import Settings, layers  # noqa: E402
-from hlrlhf.trainer import data, device, rollout  # noqa: E402
+from hlrlhf.trainer import device  # noqa: E402
+from hlrlhf.trainer.data import reading  # noqa: E402
 from hlrlhf.trainer.errors import TrainerError  # noqa: E402
+from hlrlhf.trainer.ppo import rollout  # noqa: E402
 
 HERE = Path(__file__).parent
 GAUDI = str(HERE / "gaudi")
@@ -118,7 +120,7 @@ def test_gaudi_compiles_for_few_shapes() -> None:
     shapes = set()
     for prompt in range(1, 257, 5):
         for answer in range(1, 257, 5):
-            _, mask = data.pad_left([[5] * prompt], 0, multiple)
+            _, mask = reading.pad_left([[5] * prompt], 0, multiple)
             sequences = torch.full((1, mask.shape[1] + answer), 5)
             made = rollout.from_sequences(sequences, mask, config, multiple)
             assert made.lengths.tolist() == [answer]

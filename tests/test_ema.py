@@ -15,7 +15,8 @@ from safetensors.torch import load_file  # noqa: E402
 from tiny import one_rank  # noqa: E402, F401
 from transformers import AutoModelForCausalLM  # noqa: E402
 
-from hlrlhf.trainer import checkpoint, ema, engine, loading, lora  # noqa: E402
+from hlrlhf.trainer.models import ema, engine, loading, lora  # noqa: E402
+from hlrlhf.trainer.saving import export  # noqa: E402
 
 ROWS = [[1, 5, 6, 7], [1, 30, 31]]
 LORA = ("lora.dim=2", "lora.alpha=4", "lora.actor_lr=0.05")
@@ -56,7 +57,7 @@ def averaged(folder: Path, ranks: int, stage: int, flags: tuple[str, ...]) -> di
         average.update()
         history.append(engine.whole_weights(actor))
     weights = average.whole_weights()
-    checkpoint.save_models(
+    export.save_models(
         folder / "saved", actor, actor, tiny.tokenizer(), tiny.attempt(folder), average
     )
     trains = [name for name, p in actor.module.named_parameters() if p.requires_grad]

@@ -16,7 +16,8 @@ from ranks import together  # noqa: E402
 from tiny import one_rank  # noqa: E402, F401
 from torch import nn  # noqa: E402
 
-from hlrlhf.trainer import engine, loading, lora, models  # noqa: E402
+from hlrlhf.trainer.models import engine, forwards, loading, lora  # noqa: E402
+from hlrlhf.trainer.ranks import agreed, summed  # noqa: E402
 
 ROWS = [[1, 5, 6, 7], [1, 30, 31]]
 
@@ -28,11 +29,11 @@ GENTLE = ("actor.learning_rate=0.01", "critic.learning_rate=0.01", "optimizer.ep
 SAME_WEIGHTS = {"rtol": 0, "atol": 5e-6}
 
 
-def policy(folder: Path, architecture: str = "llama") -> models.Policy:
+def policy(folder: Path, architecture: str = "llama") -> forwards.Policy:
     return loading.load_policy(str(tiny.save_policy(folder, architecture)), "fp32", 0.0)
 
 
-def scorer(folder: Path, architecture: str = "llama") -> models.Scorer:
+def scorer(folder: Path, architecture: str = "llama") -> forwards.Scorer:
     return loading.load_scorer(str(tiny.save_classifier(folder, architecture)), "fp32", 0.0)
 
 
@@ -122,7 +123,7 @@ def loss_of(model: Any, rows: list[list[int]]) -> Any:
     ids, mask = tiny.padded(rows, width=4)
     out = (
         model(ids, mask, 2, 1.0)
-        if isinstance(getattr(model, "module", model), models.Policy)
+        if isinstance(getattr(model, "module", model), forwards.Policy)
         else model(ids, mask, 2)
     )
     return out.square().sum()
@@ -476,6 +477,6 @@ def test_actor_and_critic_have_settings_of_their_own(tmp_path: Path) -> None:
 def test_sums_and_votes_of_one_rank() -> None:
     device = tiny.cpu(tiny.settings())
 
-    assert engine.summed(torch.tensor([1.5, 2.0])).tolist() == [1.5, 2.0]
-    assert engine.agreed(True, device)
-    assert not engine.agreed(False, device)
+    assert summed(torch.tensor([1.5, 2.0])).tolist() == [1.5, 2.0]
+    assert agreed(True, device)
+    assert not agreed(False, device)

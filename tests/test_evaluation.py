@@ -14,9 +14,10 @@ import tiny  # noqa: E402
 from ranks import Run, prepare, read_lines, train  # noqa: E402
 from tiny import EOS, PAD, one_rank  # noqa: E402, F401
 
-from hlrlhf.trainer import frozen, loading, lora, models, rollout  # noqa: E402
-from hlrlhf.trainer.evaluation import Evaluation  # noqa: E402
-from hlrlhf.trainer.rows import Rows  # noqa: E402
+from hlrlhf.trainer.data.rows import Rows  # noqa: E402
+from hlrlhf.trainer.models import forwards, frozen, loading, lora  # noqa: E402
+from hlrlhf.trainer.ppo import rollout  # noqa: E402
+from hlrlhf.trainer.ppo.evaluation import Evaluation  # noqa: E402
 
 PROMPTS = [[1, 5, 6, 7, 8, 9], [1, 30], [1, 11, 12], [1, 4], [1, 40, 41]]
 FLAGS = ("generation.max_new_tokens=6", "generation.temperature=0.7", "evaluation.interval=2")
@@ -60,14 +61,14 @@ class Scores:
 
 
 @torch.no_grad()
-def logprob(module: models.Policy, prompt: list[int], answer: list[int]) -> float:
+def logprob(module: forwards.Policy, prompt: list[int], answer: list[int]) -> float:
     """Of a whole answer, by the plain model without padding."""
     logits = module.lm(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].double()
     logprobs = (logits / 0.7).log_softmax(-1)
     return float(logprobs.gather(-1, torch.tensor(answer)[:, None]).sum())
 
 
-def policy(folder: str) -> models.Policy:
+def policy(folder: str) -> forwards.Policy:
     return loading.load_policy(folder, "fp32", 0.3)
 
 
@@ -75,7 +76,7 @@ def reference(folder: str) -> frozen.Copy:
     return frozen.Copy(policy(folder).eval())
 
 
-def moved(module: models.Policy) -> models.Policy:
+def moved(module: forwards.Policy) -> forwards.Policy:
     """As after some updates."""
     torch.manual_seed(8)
     with torch.no_grad():
@@ -134,7 +135,7 @@ def test_a_reference_that_is_the_actor_without_its_adapters(folder: str) -> None
         lora.add_adapters(actor, tiny.settings("lora.dim=2", "only_optimize_lora=true"))
         return tiny.Engine(moved(actor))
 
-    plain = models.Policy(adapted().module.lm.unload()).eval()
+    plain = forwards.Policy(adapted().module.lm.unload()).eval()
     actor = adapted()
 
     found, _ = evaluation()(actor, frozen.WithoutAdapters(actor), Scores())

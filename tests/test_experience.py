@@ -18,9 +18,10 @@ from transformers import (  # noqa: E402
     AutoModelForSequenceClassification,
 )
 
-from hlrlhf.trainer import experience, frozen, loading, rollout  # noqa: E402
-from hlrlhf.trainer.rewards import Rewards  # noqa: E402
-from hlrlhf.trainer.scores import ModelScores  # noqa: E402
+from hlrlhf.trainer.models import frozen, loading  # noqa: E402
+from hlrlhf.trainer.ppo import experience, rollout  # noqa: E402
+from hlrlhf.trainer.ppo.rewards import Rewards  # noqa: E402
+from hlrlhf.trainer.ppo.scores import ModelScores  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 

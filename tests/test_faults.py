@@ -15,7 +15,7 @@ import tiny  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from tiny import one_rank  # noqa: E402, F401
 
-from hlrlhf.trainer import data, faults  # noqa: E402
+from hlrlhf.trainer.data import faults, reading  # noqa: E402
 from hlrlhf.trainer.errors import TrainerError  # noqa: E402
 
 TEMPLATE = "{% for m in messages %}{{ m.content + '' }}{% endfor %}"
@@ -101,8 +101,8 @@ def test_a_file_that_cannot_be_used(tmp_path: Path, name: str, folder: bool) -> 
     place = str(path.parent if folder else path)
 
     for read in (
-        lambda: data.read(place, tiny.settings(), tiny.tokenizer()),
-        lambda: data.read_texts(place, "train", "prompt"),
+        lambda: reading.read(place, tiny.settings(), tiny.tokenizer()),
+        lambda: reading.read_texts(place, "train", "prompt"),
     ):
         with pytest.raises(TrainerError) as caught:
             read()
@@ -115,7 +115,7 @@ def test_parquet_without_rows(tmp_path: Path) -> None:
     Dataset.from_dict({"prompt": []}).to_parquet(tmp_path / "none.parquet")
 
     with pytest.raises(TrainerError, match=r"none\.parquet: holds no rows"):
-        data.read(str(tmp_path / "none.parquet"), tiny.settings(), tiny.tokenizer())
+        reading.read(str(tmp_path / "none.parquet"), tiny.settings(), tiny.tokenizer())
 
 
 def test_of_many_files_the_one_at_fault_is_named(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_of_many_files_the_one_at_fault_is_named(tmp_path: Path) -> None:
         (tmp_path / f"train-{name}.jsonl").write_bytes(rows)
 
     with pytest.raises(TrainerError, match=r"train-b\.jsonl: line 2 is not JSON"):
-        data.read(str(tmp_path), tiny.settings(), tiny.tokenizer())
+        reading.read(str(tmp_path), tiny.settings(), tiny.tokenizer())
 
 
 @pytest.mark.usefixtures("one_rank")
@@ -135,7 +135,7 @@ def test_prompts_to_evaluate_on_are_told_alike(tmp_path: Path) -> None:
 
     words = r"held\.jsonl: line 2: column prompt holds neither text nor chat messages: 7$"
     with pytest.raises(TrainerError, match=words):
-        data.load_prompts(settings, tiny.tokenizer(), torch.device("cpu"))
+        reading.load_prompts(settings, tiny.tokenizer(), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_chats_that_make_no_prompt(tmp_path: Path, rows: Any, words: str) -> Non
     (tmp_path / "rows.jsonl").write_bytes(lines(*rows))
 
     with pytest.raises(TrainerError, match=rf"rows\.jsonl: line 2: column prompt {words}"):
-        data.read(str(tmp_path / "rows.jsonl"), tiny.settings(), tiny.tokenizer(TEMPLATE))
+        reading.read(str(tmp_path / "rows.jsonl"), tiny.settings(), tiny.tokenizer(TEMPLATE))
 
 
 def test_kinds_that_differ_are_found_where_a_release_of_the_library_does_not_take_them(
@@ -189,5 +189,5 @@ def test_kinds_that_differ_are_found_where_a_release_of_the_library_does_not_tak
 def test_files_that_look_odd_and_are_whole(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
 
-    assert data.read_texts(str(tmp_path / name), "train", "prompt") == ["a"]
+    assert reading.read_texts(str(tmp_path / name), "train", "prompt") == ["a"]
     assert not re.search(" is | has ", faults.fault(tmp_path / name) or "")

@@ -15,13 +15,14 @@ from tiny import one_rank  # noqa: E402, F401
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-from hlrlhf.trainer import engine, flops, loading, lora, measures, models  # noqa: E402
+from hlrlhf.trainer import flops, measures  # noqa: E402
+from hlrlhf.trainer.models import engine, forwards, loading, lora  # noqa: E402
 
 PROMPT, ANSWER = 9, 6
 architectures = pytest.mark.parametrize("architecture", CONFIGS)
 
 
-def load(folder: Path, architecture: str) -> tuple[models.Policy, models.Scorer]:
+def load(folder: Path, architecture: str) -> tuple[forwards.Policy, forwards.Scorer]:
     policy = loading.load_policy(str(tiny.save_policy(folder / "a", architecture)), "fp32", 0.0)
     scorer = loading.load_scorer(str(tiny.save_classifier(folder / "c", architecture)), "fp32", 0.0)
     for model in (policy, scorer):
@@ -33,7 +34,7 @@ def load(folder: Path, architecture: str) -> tuple[models.Policy, models.Scorer]
 def counted(model: Any, backward: bool) -> int:
     """What torch counts in a pass over one row."""
     tokens = torch.randint(3, tiny.VOCABULARY, (1, PROMPT + ANSWER))
-    width = (ANSWER, 1.0) if isinstance(model, models.Policy) else (ANSWER,)
+    width = (ANSWER, 1.0) if isinstance(model, forwards.Policy) else (ANSWER,)
     # Attention written out likewise; it forms all pairs, masked or not.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         out = model(tokens, torch.ones_like(tokens), *width)

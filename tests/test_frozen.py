@@ -16,18 +16,10 @@ torch = pytest.importorskip("torch")
 import tiny  # noqa: E402
 from tiny import EOS, one_rank  # noqa: E402, F401
 
-from hlrlhf.trainer import (  # noqa: E402
-    engine,
-    experience,
-    frozen,
-    loading,
-    lora,
-    models,
-    rollout,
-    update,
-)
-from hlrlhf.trainer.rewards import Rewards  # noqa: E402
-from hlrlhf.trainer.scores import ModelScores  # noqa: E402
+from hlrlhf.trainer.models import engine, forwards, frozen, loading, lora  # noqa: E402
+from hlrlhf.trainer.ppo import experience, rollout, update  # noqa: E402
+from hlrlhf.trainer.ppo.rewards import Rewards  # noqa: E402
+from hlrlhf.trainer.ppo.scores import ModelScores  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -126,7 +118,9 @@ def says(model: Any) -> Any:
     """What a policy or a scorer says of the rollout."""
     made = rolled_out()
     arguments = (made.sequences, made.attention_mask, made.answer_width)
-    return model(*arguments, 1.0) if isinstance(model.module, models.Policy) else model(*arguments)
+    return (
+        model(*arguments, 1.0) if isinstance(model.module, forwards.Policy) else model(*arguments)
+    )
 
 
 def answers(model: Any, case: Case) -> list[list[int]]:
@@ -260,7 +254,7 @@ def test_a_copy_only_scores(make: Callable[..., Case], stage: int) -> None:
 # Host memory. Here it is the device's memory too, so what shows is the order of the moves.
 
 
-class Recorded(models.Policy):
+class Recorded(forwards.Policy):
     """A policy that tells where it is sent and when it runs."""
 
     def __init__(self, lm: Any):

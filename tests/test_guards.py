@@ -17,10 +17,11 @@ from safetensors.torch import load_file  # noqa: E402
 from test_update import load, made, settings_with  # noqa: E402
 from tiny import one_rank  # noqa: E402, F401
 
-from hlrlhf.trainer import engine, experience  # noqa: E402
 from hlrlhf.trainer.errors import TrainerError  # noqa: E402
-from hlrlhf.trainer.guards import Guard  # noqa: E402
-from hlrlhf.trainer.update import update  # noqa: E402
+from hlrlhf.trainer.models import engine  # noqa: E402
+from hlrlhf.trainer.ppo import experience  # noqa: E402
+from hlrlhf.trainer.ppo.guards import Guard  # noqa: E402
+from hlrlhf.trainer.ppo.update import update  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 

@@ -22,8 +22,10 @@ from torch.utils import cpp_extension  # noqa: E402
 from transformers import Qwen2Config  # noqa: E402
 
 from hlrlhf.settings.layers import load  # noqa: E402
-from hlrlhf.trainer import engine, hybrid, loop  # noqa: E402
+from hlrlhf.trainer import loop  # noqa: E402
+from hlrlhf.trainer.decoding import hybrid  # noqa: E402
 from hlrlhf.trainer.errors import TrainerError  # noqa: E402
+from hlrlhf.trainer.models import engine  # noqa: E402
 
 
 def asked(path: Path | str = "/nowhere") -> Any:

@@ -20,11 +20,12 @@ from test_update import TEXTS, made  # noqa: E402
 from tiny import PAD, one_rank  # noqa: E402, F401
 from torch.nn.functional import pad  # noqa: E402
 
-from hlrlhf.trainer import data, engine, loading  # noqa: E402
-from hlrlhf.trainer.experience import Experience  # noqa: E402
-from hlrlhf.trainer.pretraining import Mix  # noqa: E402
-from hlrlhf.trainer.rows import Rows  # noqa: E402
-from hlrlhf.trainer.update import update  # noqa: E402
+from hlrlhf.trainer.data import reading  # noqa: E402
+from hlrlhf.trainer.data.rows import Rows  # noqa: E402
+from hlrlhf.trainer.models import engine, loading  # noqa: E402
+from hlrlhf.trainer.ppo.experience import Experience  # noqa: E402
+from hlrlhf.trainer.ppo.pretraining import Mix  # noqa: E402
+from hlrlhf.trainer.ppo.update import update  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -91,7 +92,7 @@ def measured(
             model.inner.gradient_checkpointing_enable({"use_reentrant": False})
         trained.append(engine.trained(model, own, settings, cpu, updates=10))
     before = [engine.whole_weights(model) for model in trained]
-    mix = Mix(data.Prompts(Rows.of(TEXTS), seed=1), settings, cpu)
+    mix = Mix(reading.Prompts(Rows.of(TEXTS), seed=1), settings, cpu)
     told, whole = update(change(made(settings)), *trained, mix, settings, cpu)
     assert whole
     moved = {}

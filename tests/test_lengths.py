@@ -24,9 +24,12 @@ from transformers import (  # noqa: E402
     Qwen2Config,
 )
 
-from hlrlhf.trainer import data, lengths, loading, scores  # noqa: E402
+from hlrlhf.trainer import lengths  # noqa: E402
+from hlrlhf.trainer.data import reading  # noqa: E402
+from hlrlhf.trainer.data.rows import Rows  # noqa: E402
 from hlrlhf.trainer.errors import TrainerError  # noqa: E402
-from hlrlhf.trainer.rows import Rows  # noqa: E402
+from hlrlhf.trainer.models import loading  # noqa: E402
+from hlrlhf.trainer.ppo import scores  # noqa: E402
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 100}
 LLAMA3 = {
@@ -82,7 +85,7 @@ def check(folder: Path, places: dict[str, int | None], *flags: str) -> None:
         "generation.max_new_tokens=20",
         *flags,
     )
-    prompts = data.Prompts(Rows.of([[1] * 10, [1] * 3]), 1, Rows.of([[1] * 12]))
+    prompts = reading.Prompts(Rows.of([[1] * 10, [1] * 3]), 1, Rows.of([[1] * 12]))
     lengths.check_lengths(settings, prompts)
 
 

@@ -25,8 +25,8 @@ from transformers import (  # noqa: E402
     T5ForConditionalGeneration,
 )
 
-from hlrlhf.trainer import dropout, loading, models, probes  # noqa: E402
 from hlrlhf.trainer.errors import TrainerError  # noqa: E402
+from hlrlhf.trainer.models import dropout, forwards, loading, probes  # noqa: E402
 
 SPECIAL = {"vocab_size": tiny.VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 ENCODER = {
@@ -212,15 +212,15 @@ def formats(folder: Path, architecture: str) -> dict[str, Path]:
     return found
 
 
-def load(kind: str, folder: Path, rate: float = 0.0) -> models.Policy | models.Scorer:
+def load(kind: str, folder: Path, rate: float = 0.0) -> forwards.Policy | forwards.Scorer:
     if kind == "policy":
         return loading.load_policy(str(folder), "fp32", rate)
     return loading.load_scorer(str(folder), "fp32", rate)
 
 
-def said(model: models.Policy | models.Scorer) -> Any:
+def said(model: forwards.Policy | forwards.Scorer) -> Any:
     ids, mask = tiny.padded([[1, 5, 6, 7, 8, 9], [1, 30, 2]])
-    arguments = (ids, mask, 2, 1.0)[: 4 if isinstance(model, models.Policy) else 3]
+    arguments = (ids, mask, 2, 1.0)[: 4 if isinstance(model, forwards.Policy) else 3]
     with torch.no_grad():
         return model(*arguments)
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from cluster import until
 
-from hlrlhf import local
-from hlrlhf.ports import PortTakenError, is_free, rendezvous_port
+from hlrlhf.jobs import local
+from hlrlhf.jobs.ports import PortTakenError, is_free, rendezvous_port
 from hlrlhf.settings import Resolved, SettingsError, resolve
 from hlrlhf.settings.layers import dump
 
@@ -151,7 +151,7 @@ def launcher(directory: Path) -> Callable[[str], subprocess.Popen[bytes]]:
         start = f"""
 import os, sys
 from pathlib import Path
-from hlrlhf import local
+from hlrlhf.jobs import local
 from hlrlhf.settings import resolve
 directory = Path({str(directory)!r})
 resolved = resolve(files=[directory / 'settings.yaml'])

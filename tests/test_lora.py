@@ -21,8 +21,8 @@ from transformers import (  # noqa: E402
 )
 from transformers.pytorch_utils import Conv1D  # noqa: E402
 
-from hlrlhf.trainer import loading, lora, models  # noqa: E402
 from hlrlhf.trainer.errors import TrainerError  # noqa: E402
+from hlrlhf.trainer.models import forwards, loading, lora  # noqa: E402
 
 ROWS = [[1, 5, 6, 7, 8, 9], [1, 30, 2]]
 
@@ -31,14 +31,14 @@ architectures = pytest.mark.parametrize("architecture", tiny.WITH_POSITIONS)
 kinds = pytest.mark.parametrize("kind", ["policy", "scorer"])
 
 
-def load(folder: Path, architecture: str, kind: str) -> models.Policy | models.Scorer:
+def load(folder: Path, architecture: str, kind: str) -> forwards.Policy | forwards.Scorer:
     if kind == "policy":
         return loading.load_policy(str(tiny.save_policy(folder, architecture)), "fp32", 0.0)
     return loading.load_scorer(str(tiny.save_classifier(folder, architecture)), "fp32", 0.0)
 
 
 def inner(model: Any) -> Any:
-    return model.lm if isinstance(model, models.Policy) else model.classifier
+    return model.lm if isinstance(model, forwards.Policy) else model.classifier
 
 
 def adapted(folder: Path, architecture: str, kind: str, *flags: str) -> Any:
@@ -56,7 +56,7 @@ def adapted(folder: Path, architecture: str, kind: str, *flags: str) -> Any:
 def outputs(model: Any) -> Any:
     arguments = (*tiny.padded(ROWS), 2)
     with torch.no_grad():
-        return model(*arguments, 1.0) if isinstance(model, models.Policy) else model(*arguments)
+        return model(*arguments, 1.0) if isinstance(model, forwards.Policy) else model(*arguments)
 
 
 @pytest.mark.knob("lora.dim", "lora.alpha")
@@ -207,7 +207,7 @@ def test_experts_that_are_fused_into_one_tensor_are_refused_by_name() -> None:
         num_key_value_heads=2,
         num_local_experts=2,
     )
-    model = models.Policy(AutoModelForCausalLM.from_config(config))
+    model = forwards.Policy(AutoModelForCausalLM.from_config(config))
 
     with pytest.raises(
         TrainerError, match=r"MixtralForCausalLM .* take no adapter: model\.layers.*HL_LORA_DIM=0"
@@ -255,13 +255,13 @@ def test_parameters_of_the_presets_models_that_train(
     head = config.hidden_size if kind == "scorer" else 0 if tied else embedding
     with torch.device("meta"):
         model = (
-            models.Scorer(AutoModelForSequenceClassification.from_config(config))
+            forwards.Scorer(AutoModelForSequenceClassification.from_config(config))
             if kind == "scorer"
-            else models.Policy(AutoModelForCausalLM.from_config(config))
+            else forwards.Policy(AutoModelForCausalLM.from_config(config))
         )
         lora.add_adapters(model, tiny.settings("lora.dim=64", f"only_optimize_lora={only}"))
 
-    trainable, total = models.parameters(model)
+    trainable, total = forwards.parameters(model)
 
     assert total == adapters + matrices + embedding + others + head
     if only:

@@ -20,15 +20,15 @@ from transformers import (  # noqa: E402
     GraniteConfig,
 )
 
-from hlrlhf.trainer import loading, models, tokenizers  # noqa: E402
 from hlrlhf.trainer.errors import TrainerError  # noqa: E402
+from hlrlhf.trainer.models import forwards, loading, tokenizers  # noqa: E402
 
 ROWS = [[1, 5, 6, 7, 8, 9, 2], [1, 30, 2], [1, 11, 12, 2]]
 
 architectures = pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 
 
-def scores(scorer: models.Scorer, width: int = 1) -> Any:
+def scores(scorer: forwards.Scorer, width: int = 1) -> Any:
     with torch.no_grad():
         return scorer(*tiny.padded(ROWS), width)
 
@@ -305,7 +305,7 @@ def test_dropout_is_the_settings_and_not_the_checkpoints(
     ids, mask = tiny.padded(ROWS)
     for model in loaded:
         assert dropouts(model) == {rate}
-        arguments = (ids, mask, 2, 1.0)[: 4 if isinstance(model, models.Policy) else 3]
+        arguments = (ids, mask, 2, 1.0)[: 4 if isinstance(model, forwards.Policy) else 3]
         model.train()
         torch.manual_seed(0)
         first, second = model(*arguments), model(*arguments)

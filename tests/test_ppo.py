@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 import hypothesis  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from hlrlhf.trainer import ppo  # noqa: E402
+from hlrlhf.trainer import formulas  # noqa: E402
 
 Rows = list[list[float]]
 
@@ -61,7 +61,7 @@ def slow_logprob(logits: list[float], token: int, temperature: float) -> float:
 def test_token_logprobs(b: int, r: int, v: int, temperature: float) -> None:
     logits, tokens = torch.randn(b, r, v) * 3, torch.randint(v, (b, r))
 
-    found = ppo.token_logprobs(logits, tokens, temperature)
+    found = formulas.token_logprobs(logits, tokens, temperature)
 
     assert found.dtype == torch.float32
     for i in range(b):
@@ -73,7 +73,7 @@ def test_token_logprobs(b: int, r: int, v: int, temperature: float) -> None:
 def test_token_logprobs_of_a_fair_and_of_a_loaded_coin() -> None:
     logits = torch.tensor([[[0.0, 0.0], [math.log(3.0), 0.0]]])
 
-    found = ppo.token_logprobs(logits, torch.tensor([[0, 1]]), 1.0)
+    found = formulas.token_logprobs(logits, torch.tensor([[0, 1]]), 1.0)
 
     assert found.tolist() == [pytest.approx([math.log(1 / 2), math.log(1 / 4)])]
 
@@ -81,7 +81,7 @@ def test_token_logprobs_of_a_fair_and_of_a_loaded_coin() -> None:
 def test_a_temperature_of_a_half_squares_the_odds() -> None:
     logits = torch.tensor([[[math.log(3.0), 0.0]]])
 
-    found = ppo.token_logprobs(logits, torch.tensor([[0]]), 0.5)
+    found = formulas.token_logprobs(logits, torch.tensor([[0]]), 0.5)
 
     assert found.item() == pytest.approx(math.log(9 / 10))
 
@@ -89,7 +89,7 @@ def test_a_temperature_of_a_half_squares_the_odds() -> None:
 def test_token_logprobs_are_fp32_from_bf16_logits_and_survive_large_ones() -> None:
     logits = torch.tensor([[[19968.0, 19840.0, -30000.0]]], dtype=torch.bfloat16)
 
-    found = ppo.token_logprobs(logits, torch.tensor([[0]]), 1.0)
+    found = formulas.token_logprobs(logits, torch.tensor([[0]]), 1.0)
 
     assert found.dtype == torch.float32
     # exp(-128) is lost in fp32, and nothing overflows.
@@ -103,7 +103,7 @@ def test_token_logprobs_are_fp32_from_bf16_logits_and_survive_large_ones() -> No
 def test_kl_estimates(batch: tuple[list[int], list[Any]], estimator: str) -> None:
     lengths, (logprobs, reference) = batch
 
-    found = ppo.kl_estimate(logprobs, reference, estimator)
+    found = formulas.kl_estimate(logprobs, reference, estimator)
 
     for i, length in enumerate(lengths):
         for t in range(length):
@@ -122,24 +122,24 @@ def test_estimates_average_to_the_divergence(estimator: str, bias: float) -> Non
     divergence = float((p * (p / q).log()).sum())
 
     # The mean over what p samples, exactly.
-    found = float((p * ppo.kl_estimate(p.log(), q.log(), estimator)).sum())
+    found = float((p * formulas.kl_estimate(p.log(), q.log(), estimator)).sum())
 
     assert found == pytest.approx(divergence, abs=1e-12 + bias * divergence)
 
 
 def test_an_estimate_beyond_all_bounds_stays_finite() -> None:
-    found = ppo.kl_estimate(torch.tensor([[-500.0]]), torch.tensor([[0.0]]), "k3")
+    found = formulas.kl_estimate(torch.tensor([[-500.0]]), torch.tensor([[0.0]]), "k3")
 
     assert torch.isfinite(found).all()
 
 
 @pytest.mark.knob("ppo.kl_controller", "ppo.kl_target", "ppo.kl_horizon")
 def test_the_controller_by_hand() -> None:
-    fixed = ppo.KlController(0.1, None, 100)
+    fixed = formulas.KlController(0.1, None, 100)
     fixed.update(1000.0, 100)
     assert fixed.coefficient == 0.1
 
-    adaptive = ppo.KlController(0.1, 6.0, 100)
+    adaptive = formulas.KlController(0.1, 6.0, 100)
     adaptive.update(6.6, 50)  # a tenth above: 5 % of a horizon of 10 %
     assert adaptive.coefficient == pytest.approx(0.1 * 1.05)
     adaptive.update(60.0, 50)  # far above: clipped to 20 %
@@ -161,11 +161,11 @@ def test_token_rewards(
 ) -> None:
     lengths, (logprobs, reference) = batch
     scores = torch.linspace(-4, 4, len(lengths), dtype=torch.float64)
-    kl = ppo.kl_estimate(logprobs, reference)
+    kl = formulas.kl_estimate(logprobs, reference)
     mask = mask_of(lengths, kl.shape[1])
     columns = [max(0, length - 1 - before_last) for length in lengths]
 
-    found = ppo.token_rewards(scores, kl, mask, kl_coefficient, torch.tensor(columns))
+    found = formulas.token_rewards(scores, kl, mask, kl_coefficient, torch.tensor(columns))
 
     rows = []
     for i, length in enumerate(lengths):
@@ -179,7 +179,7 @@ def test_the_score_stands_on_one_token_with_its_kl() -> None:
     mask = mask_of([2, 2, 0], 3)
     columns = torch.tensor([1, 0, 0])
 
-    found = ppo.token_rewards(torch.tensor([7.0, -6.0, 4.0]), kl, mask, 0.1, columns)
+    found = formulas.token_rewards(torch.tensor([7.0, -6.0, 4.0]), kl, mask, 0.1, columns)
 
     torch.testing.assert_close(
         found, torch.tensor([[-0.1, 0.2 + 7, 0.0], [-0.3 - 6, -0.2, 0.0], [0.0, 0.0, 0.0]])
@@ -210,7 +210,7 @@ def test_advantages_and_returns(
 ) -> None:
     lengths, (rewards, values) = batch
 
-    advantages, returns = ppo.advantages_and_returns(
+    advantages, returns = formulas.advantages_and_returns(
         rewards, values, mask_of(lengths, rewards.shape[1]), gamma, gae_lambda
     )
 
@@ -226,7 +226,7 @@ def test_advantages_and_returns(
 
 def test_advantages_by_hand() -> None:
     # delta_2 = 4 - 2 = 2; delta_1 = 1 + 2/2 - 3 = -1; A_1 = -1 + 1/4 * 2 = -1/2.
-    advantages, returns = ppo.advantages_and_returns(
+    advantages, returns = formulas.advantages_and_returns(
         torch.tensor([[1.0, 4.0]]), torch.tensor([[3.0, 2.0]]), mask_of([2], 2), 0.5, 0.5
     )
 
@@ -240,7 +240,7 @@ def test_with_lambda_one_the_returns_are_the_discounted_rewards(
 ) -> None:
     lengths, (rewards, values) = batch
 
-    _, returns = ppo.advantages_and_returns(
+    _, returns = formulas.advantages_and_returns(
         rewards, values, mask_of(lengths, rewards.shape[1]), gamma, 1.0
     )
 
@@ -276,7 +276,7 @@ def slow_policy_loss(
 def test_policy_loss(batch: tuple[list[int], list[Any]], clip_range: float) -> None:
     lengths, (new, old, advantages) = batch
 
-    loss, clipped, ratio, kl = ppo.policy_loss(
+    loss, clipped, ratio, kl = formulas.policy_loss(
         new, old, advantages, mask_of(lengths, new.shape[1]), clip_range
     )
 
@@ -313,7 +313,7 @@ def test_policy_loss_by_hand(
 ) -> None:
     new = torch.tensor([[math.log(ratio)]], requires_grad=True)
 
-    found, count, moved, _ = ppo.policy_loss(
+    found, count, moved, _ = formulas.policy_loss(
         new, torch.zeros(1, 1), torch.tensor([[advantage]]), mask_of([1], 1), 0.2
     )
     found.backward()
@@ -327,7 +327,7 @@ def test_policy_loss_by_hand(
 def test_clipping_is_counted_in_answers_only() -> None:
     new = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]])
 
-    found = ppo.policy_loss(new, torch.zeros(2, 3), torch.ones(2, 3), mask_of([2, 0], 3), 0.2)
+    found = formulas.policy_loss(new, torch.zeros(2, 3), torch.ones(2, 3), mask_of([2, 0], 3), 0.2)
 
     assert int(found.clipped) == 2
     assert found.ratio.item() == pytest.approx(2 * math.e)
@@ -336,7 +336,7 @@ def test_clipping_is_counted_in_answers_only() -> None:
 def test_a_ratio_beyond_all_bounds_stays_finite() -> None:
     new = torch.tensor([[0.0]], requires_grad=True)
 
-    loss = ppo.policy_loss(
+    loss = formulas.policy_loss(
         new, torch.tensor([[-500.0]]), torch.tensor([[-1.0]]), mask_of([1], 1), 0.2
     ).loss
     loss.backward()
@@ -359,7 +359,7 @@ def slow_value_loss(
 def test_value_loss(batch: tuple[list[int], list[Any]], clip_range: float) -> None:
     lengths, (new, old, returns) = batch
 
-    found = ppo.value_loss(new, old, returns, mask_of(lengths, new.shape[1]), clip_range)
+    found = formulas.value_loss(new, old, returns, mask_of(lengths, new.shape[1]), clip_range)
 
     slow = [
         slow_value_loss(
@@ -372,7 +372,7 @@ def test_value_loss(batch: tuple[list[int], list[Any]], clip_range: float) -> No
 
 def test_value_loss_by_hand() -> None:
     # Moved by 1 towards its return, but counted as moved by 0.2: (0.2 - 2)^2 / 2.
-    found = ppo.value_loss(
+    found = formulas.value_loss(
         torch.tensor([[1.0, 9.0]]),
         torch.tensor([[0.0, 9.0]]),
         torch.tensor([[2.0, -9.0]]),
@@ -393,10 +393,10 @@ def test_padding_gets_no_gradient_and_spoils_none(batch: tuple[list[int], list[A
     new, old, target = (torch.where(mask, tensor, 1e3) for tensor in tensors)
     impossible = torch.where(mask, tensors[0], -math.inf)
     for start, loss_of in (
-        (new, lambda x: ppo.policy_loss(x, old, target, mask, 0.2).loss),
-        (new, lambda x: ppo.value_loss(x, old, target, mask, 0.2)),
+        (new, lambda x: formulas.policy_loss(x, old, target, mask, 0.2).loss),
+        (new, lambda x: formulas.value_loss(x, old, target, mask, 0.2)),
         # Some models give the padding token a logit of minus infinity.
-        (impossible, lambda x: ppo.policy_loss(x, impossible, target, mask, 0.2).loss),
+        (impossible, lambda x: formulas.policy_loss(x, impossible, target, mask, 0.2).loss),
     ):
         leaf = start.clone().requires_grad_()
 
@@ -413,8 +413,8 @@ def test_losses_are_sums_so_micro_batches_add_up(
     lengths, tensors = batch
     mask = mask_of(lengths, tensors[0].shape[1])
     for loss_of in (
-        lambda *inputs: ppo.policy_loss(*inputs, 0.2).loss,
-        lambda *inputs: ppo.value_loss(*inputs, 0.2),
+        lambda *inputs: formulas.policy_loss(*inputs, 0.2).loss,
+        lambda *inputs: formulas.value_loss(*inputs, 0.2),
     ):
         whole = loss_of(*tensors, mask)
         parts = [
@@ -435,7 +435,7 @@ def test_whitened_advantages_have_mean_0_and_variance_1(
     if len(valid) < 2:
         return
 
-    found = ppo.whiten(advantages, mask, valid.mean(), valid.var(correction=0))
+    found = formulas.whiten(advantages, mask, valid.mean(), valid.var(correction=0))
 
     assert (found[~mask] == 0).all()
     assert float(found[mask].mean()) == pytest.approx(0, abs=1e-9)
@@ -443,6 +443,8 @@ def test_whitened_advantages_have_mean_0_and_variance_1(
 
 
 def test_whitening_equal_advantages_does_not_divide_by_zero() -> None:
-    found = ppo.whiten(torch.full((1, 2), 3.0), mask_of([2], 2), torch.tensor(3.0), torch.zeros(()))
+    found = formulas.whiten(
+        torch.full((1, 2), 3.0), mask_of([2], 2), torch.tensor(3.0), torch.zeros(())
+    )
 
     assert found.tolist() == [[0.0, 0.0]]

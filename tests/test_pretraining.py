@@ -13,8 +13,8 @@ torch = pytest.importorskip("torch")
 import tiny  # noqa: E402
 from tiny import one_rank  # noqa: E402, F401
 
-from hlrlhf.trainer import pretraining  # noqa: E402
 from hlrlhf.trainer.errors import TrainerError  # noqa: E402
+from hlrlhf.trainer.ppo import pretraining  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 

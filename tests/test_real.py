@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hlrlhf import runs
-from hlrlhf.trainer.loading import load_scorer
+from hlrlhf.trainer.models.loading import load_scorer
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 

@@ -22,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import (  # noqa: E4
 
 from hlrlhf.trainer import records  # noqa: E402
 from hlrlhf.trainer.metrics import Recorder  # noqa: E402
-from hlrlhf.trainer.models import Parameters  # noqa: E402
+from hlrlhf.trainer.models.forwards import Parameters  # noqa: E402
 
 
 @contextmanager

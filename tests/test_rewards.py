@@ -18,9 +18,11 @@ import tiny  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from tiny import EOS, one_rank  # noqa: E402, F401
 
-from hlrlhf.trainer import demo, frozen, loading, rewards, tokenizers  # noqa: E402
+from hlrlhf.trainer import demo  # noqa: E402
 from hlrlhf.trainer.errors import TrainerError  # noqa: E402
-from hlrlhf.trainer.rewards import Normalizer, Rewards  # noqa: E402
+from hlrlhf.trainer.models import frozen, loading, tokenizers  # noqa: E402
+from hlrlhf.trainer.ppo import rewards  # noqa: E402
+from hlrlhf.trainer.ppo.rewards import Normalizer, Rewards  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 

@@ -20,7 +20,8 @@ from ranks import together  # noqa: E402
 from tiny import EOS, PAD  # noqa: E402
 from transformers import AutoModelForCausalLM, GenerationConfig  # noqa: E402
 
-from hlrlhf.trainer import engine, loading, lora, models, rollout  # noqa: E402
+from hlrlhf.trainer.models import engine, forwards, loading, lora  # noqa: E402
+from hlrlhf.trainer.ppo import rollout  # noqa: E402
 
 PROMPTS = [[1, 5, 6, 7, 8, 9], [1, 30], [1, 11, 12]]
 
@@ -169,7 +170,7 @@ def stubborn(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 def sample(
-    policy: models.Policy,
+    policy: forwards.Policy,
     prompts: list[list[int]],
     *flags: str,
     padding: int = PAD,

@@ -17,8 +17,10 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, processors  # noqa: 
 from tokenizers import models as tokenizer_models  # noqa: E402
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast  # noqa: E402
 
-from hlrlhf.trainer import demo, loading, scores  # noqa: E402
+from hlrlhf.trainer import demo  # noqa: E402
 from hlrlhf.trainer.errors import TrainerError  # noqa: E402
+from hlrlhf.trainer.models import loading  # noqa: E402
+from hlrlhf.trainer.ppo import scores  # noqa: E402
 
 # fp32 sums in another order.
 TOLERANCE = 2e-4

@@ -13,11 +13,11 @@ import pytest
 from cluster import Cluster, job_id, until
 
 from hlrlhf import runs
+from hlrlhf.jobs import states
+from hlrlhf.jobs.states import look, merge
 from hlrlhf.runs import Job, Outcome, Run
-from hlrlhf.slurm import states
 from hlrlhf.slurm.answers import UNKNOWN, State
 from hlrlhf.slurm.client import SlurmError
-from hlrlhf.slurm.states import look, merge
 
 Submit = Callable[..., Run]
 

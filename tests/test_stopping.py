@@ -15,7 +15,7 @@ from hypothesis import strategies as st  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 from transformers import PreTrainedTokenizerFast, StopStringCriteria  # noqa: E402
 
-from hlrlhf.trainer.stopping import StopStrings  # noqa: E402
+from hlrlhf.trainer.decoding.stopping import StopStrings  # noqa: E402
 
 BYTES = tiny.tokenizer()
 PIECES = ["▁", "a", "b", "▁the", "he", "t", "Human", ":"]

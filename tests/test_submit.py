@@ -18,8 +18,8 @@ from cluster import LEAVE, Cluster, until
 
 from hlrlhf import runs
 from hlrlhf.cli import main
+from hlrlhf.jobs.states import look
 from hlrlhf.settings.layers import load
-from hlrlhf.slurm.states import look
 
 # What stands in for the trainer: the ranks are whatever `environment.python` runs.
 QUIET = ("--output=/dev/null", "--wrap=true")

@@ -37,8 +37,8 @@ from transformers import (  # noqa: E402
     Qwen2Config,
 )
 
-from hlrlhf.trainer import loading, tokenizers  # noqa: E402
 from hlrlhf.trainer.errors import TrainerError  # noqa: E402
+from hlrlhf.trainer.models import loading, tokenizers  # noqa: E402
 
 # 1. Vocabulary and special tokens.
 

@@ -34,11 +34,12 @@ from transformers import (  # noqa: E402
     GenerationConfig,
 )
 
-from hlrlhf import local, runs  # noqa: E402
-from hlrlhf.ports import rendezvous_port  # noqa: E402
+from hlrlhf import runs  # noqa: E402
+from hlrlhf.jobs import local  # noqa: E402
+from hlrlhf.jobs.ports import rendezvous_port  # noqa: E402
 from hlrlhf.runs import Attempt  # noqa: E402
 from hlrlhf.settings import layers  # noqa: E402
-from hlrlhf.trainer.loading import load_scorer, saved_as  # noqa: E402
+from hlrlhf.trainer.models.loading import load_scorer, saved_as  # noqa: E402
 
 # AdamW divides by a gradient's own size, so that a rounding of one near zero moves its weight by
 # the whole rate. With an epsilon above nearly all gradients, which clipping keeps to a norm of 1,

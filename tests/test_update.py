@@ -15,12 +15,14 @@ torch = pytest.importorskip("torch")
 import tiny  # noqa: E402
 from tiny import EOS, PAD, one_rank  # noqa: E402, F401
 
-from hlrlhf.trainer import data, engine, experience, loading  # noqa: E402
-from hlrlhf.trainer.ema import Average  # noqa: E402
-from hlrlhf.trainer.pretraining import Mix  # noqa: E402
-from hlrlhf.trainer.rewards import Rewards  # noqa: E402
-from hlrlhf.trainer.rows import Rows  # noqa: E402
-from hlrlhf.trainer.update import update  # noqa: E402
+from hlrlhf.trainer.data import reading  # noqa: E402
+from hlrlhf.trainer.data.rows import Rows  # noqa: E402
+from hlrlhf.trainer.models import engine, loading  # noqa: E402
+from hlrlhf.trainer.models.ema import Average  # noqa: E402
+from hlrlhf.trainer.ppo import experience  # noqa: E402
+from hlrlhf.trainer.ppo.pretraining import Mix  # noqa: E402
+from hlrlhf.trainer.ppo.rewards import Rewards  # noqa: E402
+from hlrlhf.trainer.ppo.update import update  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -77,7 +79,7 @@ def updated(folder: Path, *flags: str) -> tuple[dict[str, Any], dict[str, Any]]:
         for model, own in zip(load(folder), (settings.actor, settings.critic), strict=True)
     )
     mix = (
-        Mix(data.Prompts(Rows.of(TEXTS), seed=1), settings, cpu)
+        Mix(reading.Prompts(Rows.of(TEXTS), seed=1), settings, cpu)
         if settings.pretraining.path
         else None
     )
@@ -97,7 +99,7 @@ def slowly_updated(folder: Path, *flags: str) -> dict[str, Any]:
         torch.optim.AdamW(model.parameters(), own.learning_rate, (0.9, 0.95), 1e-3, weight_decay=0)
         for model, own in ((actor, settings.actor), (critic, settings.critic))
     ]
-    order = [TEXTS[i] for i in data.Prompts(Rows.of(TEXTS), seed=1).batch(0, 4 * ppo.epochs)]
+    order = [TEXTS[i] for i in reading.Prompts(Rows.of(TEXTS), seed=1).batch(0, 4 * ppo.epochs)]
     rows = len(PROMPTS) // ppo.minibatches
     for start in [*range(0, len(PROMPTS), rows)] * ppo.epochs:
         losses, errors, count = [], [], 0

@@ -134,7 +134,7 @@ def only_rank() -> Iterator[None]:
     if dist.is_initialized():
         yield
         return
-    from hlrlhf.trainer import engine
+    from hlrlhf.trainer.models import engine
 
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -169,7 +169,7 @@ def generation(**options: Any) -> Any:
 
 def rolled_out(prompts: list[list[int]], answers: list[list[int]]) -> Any:
     """A rollout of these tokens."""
-    from hlrlhf.trainer import rollout
+    from hlrlhf.trainer.ppo import rollout
 
     ids, mask = padded(prompts)
     width = max(len(answer) for answer in answers)

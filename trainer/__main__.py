@@ -19,8 +19,8 @@ import warnings
 from pathlib import Path
 from typing import NoReturn
 
-from hlrlhf.runs import STOPPED, Attempt, Outcome, Run, RunError, SupersededError
-from hlrlhf.settings import SettingsError
+from hlrlhf.errors import HlrlhfError
+from hlrlhf.runs import STOPPED, Attempt, Outcome, Run
 from hlrlhf.settings.errors import printable
 from hlrlhf.settings.layers import load
 from hlrlhf.trainer.errors import TrainerError
@@ -66,7 +66,8 @@ def main(attempt: Attempt) -> Outcome:
     device = devices.select(settings, local_rank)
     _quieten()
     # DeepSpeed looks for its accelerator when it is imported: only now does the device stand.
-    from hlrlhf.trainer import engine, loop
+    from hlrlhf.trainer import loop
+    from hlrlhf.trainer.models import engine
 
     engine.start(device)
     if loop.train(settings, attempt, device, lambda: len(received)):
@@ -88,8 +89,7 @@ def _quieten() -> None:
 
 def _failure(error: BaseException) -> Outcome:
     """Say what ended this rank."""
-    told = (TrainerError, SettingsError, RunError, SupersededError)
-    if isinstance(error, told):
+    if isinstance(error, HlrlhfError):
         words = str(error)
     else:
         traceback.print_exception(error)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hlrlhf.trainer.models import Policy, Scorer, unwrapped
+from hlrlhf.trainer.models.forwards import Policy, Scorer, unwrapped
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from typing import Any
 from transformers import AutoConfig
 
 from hlrlhf.settings import Settings
-from hlrlhf.trainer import data, frozen, loading
+from hlrlhf.trainer.data import reading
 from hlrlhf.trainer.errors import TrainerError
+from hlrlhf.trainer.models import frozen, loading
 
 
 def longest(config: Any) -> int | None:
@@ -39,7 +40,7 @@ def _stretched(rope: dict[str, Any], places: int) -> int:
     return int(began * (rope.get("factor") or 1.0))
 
 
-def check_lengths(settings: Settings, prompts: data.Prompts) -> None:
+def check_lengths(settings: Settings, prompts: reading.Prompts) -> None:
     """Stop before any model loads when the texts of a run are too long for one.
 
     A reward model with a tokenizer of its own is left out: it reads other tokens, see

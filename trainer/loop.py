@@ -13,35 +13,22 @@ import torch.distributed as dist
 from hlrlhf.runs import Attempt
 from hlrlhf.settings import Settings
 from hlrlhf.settings.schema import Actor, Critic
-from hlrlhf.trainer import (
-    agreement,
-    checkpoint,
-    data,
-    ema,
-    engine,
-    flops,
-    frozen,
-    hybrid,
-    lengths,
-    loading,
-    lora,
-    measures,
-    models,
-    paths,
-    ppo,
-    pretraining,
-    tokenizers,
-)
-from hlrlhf.trainer import experience as experiences
-from hlrlhf.trainer import rollout as rollouts
-from hlrlhf.trainer.agreement import Witness
+from hlrlhf.trainer import flops, formulas, lengths, measures, paths, ranks
+from hlrlhf.trainer.data import reading
+from hlrlhf.trainer.decoding import hybrid
 from hlrlhf.trainer.device import Device
 from hlrlhf.trainer.errors import TrainerError
-from hlrlhf.trainer.evaluation import Evaluation
-from hlrlhf.trainer.guards import Guard
 from hlrlhf.trainer.metrics import Recorder, means
-from hlrlhf.trainer.rewards import Rewards, check_rewards, load_rewards
-from hlrlhf.trainer.update import update
+from hlrlhf.trainer.models import ema, engine, forwards, frozen, loading, lora, tokenizers
+from hlrlhf.trainer.ppo import agreement, pretraining
+from hlrlhf.trainer.ppo import experience as experiences
+from hlrlhf.trainer.ppo import rollout as rollouts
+from hlrlhf.trainer.ppo.agreement import Witness
+from hlrlhf.trainer.ppo.evaluation import Evaluation
+from hlrlhf.trainer.ppo.guards import Guard
+from hlrlhf.trainer.ppo.rewards import Rewards, check_rewards, load_rewards
+from hlrlhf.trainer.ppo.update import update
+from hlrlhf.trainer.saving import export
 
 
 def train(
@@ -67,7 +54,7 @@ def train(
     tokenizer = tokenizers.actor_tokenizer(settings)
     check_rewards(settings, tokenizer)
     frozen.check_reference(settings, tokenizer)
-    prompts = data.load_prompts(settings, tokenizer, device.torch)
+    prompts = reading.load_prompts(settings, tokenizer, device.torch)
     lengths.check_lengths(settings, prompts)
     mix = pretraining.load_mix(settings, tokenizer, device)
     total_steps = settings.epochs * len(prompts.ids) // settings.gbs
@@ -100,10 +87,10 @@ def train(
             board = Path(settings.tensorboard_path, run.name)
         recorder = Recorder(attempt, board, total_steps)
         trained = {"actor": actor.module, "critic": critic.module}
-        recorder.models({role: models.parameters(model) for role, model in trained.items()})
+        recorder.models({role: forwards.parameters(model) for role, model in trained.items()})
         print(f"{total_steps} steps of {settings.gbs} prompts on {settings.world_size} ranks")
 
-    kl = ppo.KlController(
+    kl = formulas.KlController(
         settings.ppo.kl_coefficient,
         settings.ppo.kl_target if settings.ppo.kl_controller == "adaptive" else None,
         settings.ppo.kl_horizon,
@@ -122,7 +109,7 @@ def train(
         return found
 
     def save(folder: Path) -> None:
-        checkpoint.save_models(folder, actor, critic, tokenizer, attempt, average)
+        export.save_models(folder, actor, critic, tokenizer, attempt, average)
 
     complete = True
     for step in range(total_steps):
@@ -175,20 +162,18 @@ def train(
             interval = settings.print_answers_interval
             aloud = interval > 0 and (step + 1) % interval == 0
             recorder.samples(measures.samples(rollout, experience, tokenizer), aloud=aloud)
-        if step + 1 < total_steps and engine.agreed(warnings() > 0, device):
+        if step + 1 < total_steps and ranks.agreed(warnings() > 0, device):
             complete = False
             break
         interval = settings.save_interval
         if interval and (step + 1) % interval == 0 and step + 1 < total_steps:
-            checkpoint.save_if_possible(saved_models / f"step-{step + 1}", save)
+            export.save_if_possible(saved_models / f"step-{step + 1}", save)
 
     name = "final" if complete else f"step-{step + 1}"
     # One folder, unless the setting names another file system than the run directory's.
     folders = dict.fromkeys([saved_models / name, run / "checkpoints" / name])
     heard = warnings()
-    place = checkpoint.save_at_last(
-        [*folders], save, lambda: engine.agreed(warnings() > heard, device)
-    )
+    place = export.save_at_last([*folders], save, lambda: ranks.agreed(warnings() > heard, device))
     if recorder is not None:
         print(recorder.close())
         print(f"actor and critic are in {place}", flush=True)

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from hlrlhf.settings import Settings
-from hlrlhf.trainer import flops, ppo
+from hlrlhf.trainer import flops, formulas
 from hlrlhf.trainer.device import Device
-from hlrlhf.trainer.engine import summed
-from hlrlhf.trainer.experience import Experience, moments
 from hlrlhf.trainer.flops import Cost
-from hlrlhf.trainer.rollout import Rollout
+from hlrlhf.trainer.ppo.experience import Experience, moments
+from hlrlhf.trainer.ppo.rollout import Rollout
+from hlrlhf.trainer.ranks import summed
 
 
 class Clock:
@@ -38,7 +38,7 @@ def totals(rollout: Rollout, experience: Experience) -> dict[str, tuple[Tensor, 
     mask = rollout.answer_mask
     rows = torch.tensor(len(mask), device=mask.device)
     tokens = mask.sum()
-    kl = ppo.kl_estimate(experience.logprobs, experience.reference)
+    kl = formulas.kl_estimate(experience.logprobs, experience.reference)
     return {
         "reward": (experience.scores.sum(), rows),
         # Of whole answers: the sum over tokens.

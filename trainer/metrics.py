@@ -16,8 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hlrlhf.runs import Attempt
-from hlrlhf.trainer.engine import summed
-from hlrlhf.trainer.models import Parameters
+from hlrlhf.trainer.models.forwards import Parameters
+from hlrlhf.trainer.ranks import summed
 from hlrlhf.trainer.records import Board, Lines, put, warn
 
 # Shown on the line of a step; metrics.jsonl and TensorBoard have all.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Iterator
 
 
 def main() -> None:
@@ -16,29 +15,14 @@ def main() -> None:
     # Starting makes many objects and hardly any garbage: looking for it costs a tenth of the time.
     gc.set_threshold(100_000)
     from hlrlhf.cli.app import app
+    from hlrlhf.errors import HlrlhfError
 
     try:
         app()
-    except Exception as error:
-        code, lines = _explain(error)
-        for line in lines:
+    except HlrlhfError as error:
+        for line in str(error).splitlines():
             print(f"hlrlhf: {line}", file=sys.stderr)
-        sys.exit(code)
+        sys.exit(error.exit_code)
     finally:
         # Else the interpreter, as it ends, searches all of it once more: a sixth of the time.
         gc.freeze()
-
-
-def _explain(error: Exception) -> tuple[int, Iterator[str]]:
-    """The exit code and the words for an error; what we did not foresee is raised again."""
-    from hlrlhf.demo import DemoError
-    from hlrlhf.runs import RunError
-    from hlrlhf.settings.errors import SettingsError
-    from hlrlhf.slurm.client import Rejected, SlurmError
-
-    if isinstance(error, SettingsError):
-        return 2, (str(problem) for problem in error.problems)
-    for kind, code in ((RunError, 2), (DemoError, 1), (Rejected, 2), (SlurmError, 3)):
-        if isinstance(error, kind):
-            return code, iter(str(error).splitlines())
-    raise error

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from hlrlhf import runs
-from hlrlhf.slurm import client, states
+from hlrlhf.jobs import states
+from hlrlhf.slurm import client
 from hlrlhf.slurm.answers import UNKNOWN
 
 

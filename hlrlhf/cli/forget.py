@@ -9,7 +9,7 @@ import typer
 
 from hlrlhf import runs
 from hlrlhf.cli import options
-from hlrlhf.slurm import states
+from hlrlhf.jobs import states
 
 
 def forget(

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from hlrlhf import runs
+from hlrlhf.jobs import states
 from hlrlhf.settings.errors import printable
-from hlrlhf.slurm import states
 from hlrlhf.slurm.answers import State
 from hlrlhf.slurm.client import SlurmError
 

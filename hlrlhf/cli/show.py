@@ -15,8 +15,9 @@ import typer
 from hlrlhf.cli import options
 from hlrlhf.cli.table import columns
 from hlrlhf.settings.errors import SettingsError
-from hlrlhf.settings.layers import Origin, Resolved
+from hlrlhf.settings.layers import Resolved
 from hlrlhf.settings.names import env_name
+from hlrlhf.settings.origins import Origin
 
 
 def show(

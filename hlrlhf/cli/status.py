@@ -15,7 +15,7 @@ import typer
 from hlrlhf import runs
 from hlrlhf.cli import options
 from hlrlhf.cli.table import columns
-from hlrlhf.slurm import states
+from hlrlhf.jobs import states
 from hlrlhf.slurm.answers import State
 from hlrlhf.slurm.client import SlurmError
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from hlrlhf.errors import HlrlhfError
 from hlrlhf.runs.directory import Job, Run, RunError
 
 # Known to batch systems as "temporary failure, try again" (EX_TEMPFAIL of sysexits.h).
@@ -46,7 +47,7 @@ class Outcome:
         return f"{self.code}\n" + (f"{self.why}\n" if self.why else "")
 
 
-class SupersededError(Exception):
+class SupersededError(HlrlhfError):
     """A newer attempt has begun in the run's directory, which this one must leave alone."""
 
 

@@ -14,9 +14,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from hlrlhf.errors import HlrlhfError
 
-class RunError(Exception):
+
+class RunError(HlrlhfError):
     """A run that cannot be made, found or used; says which and why."""
+
+    exit_code = 2
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING
 
 from hlrlhf.settings.directives import refused_arguments, refused_lines
 from hlrlhf.settings.names import settings_by_name
+from hlrlhf.settings.origins import Given
 from hlrlhf.settings.schema import Settings
-
-if TYPE_CHECKING:
-    from hlrlhf.settings.layers import Given
 
 Contradiction = tuple[tuple[str, ...], str]
 

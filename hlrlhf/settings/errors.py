@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hlrlhf.errors import HlrlhfError
+
 
 def printable(text: str) -> str:
     """`text` on one line, with what a terminal could obey written as an escape."""
@@ -21,12 +23,14 @@ class Problem:
         return printable(f"{self.where}: {self.what}")
 
 
-class SettingsError(Exception):
+class SettingsError(HlrlhfError):
     """The settings cannot be used; carries every problem that was found.
 
     Args:
         problems: at least one.
     """
+
+    exit_code = 2
 
     def __init__(self, problems: list[Problem]):
         self.problems = problems

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
@@ -22,26 +22,8 @@ from hlrlhf.settings.names import (
     settings_by_env,
     settings_by_name,
 )
+from hlrlhf.settings.origins import Given, Origin, OriginKind
 from hlrlhf.settings.schema import Settings
-
-OriginKind = Literal["default", "preset", "file", "environment", "flag", "missing"]
-
-
-class Origin(NamedTuple):
-    """Where a value came from: the layer, and the place in it."""
-
-    kind: OriginKind
-    place: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.kind} {self.place}".rstrip()
-
-
-class Given(NamedTuple):
-    """A value and where it came from."""
-
-    value: Any
-    origin: Origin
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from hlrlhf.errors import HlrlhfError
+
 # Slurm waits for a minute of its own for a lost configuration file, and some ten seconds for a
 # controller that does not answer; a loaded controller may take its time.
 TIMEOUT = 60.0
@@ -34,16 +36,20 @@ _UNREACHABLE = re.compile(
 )
 
 
-class SlurmError(Exception):
+class SlurmError(HlrlhfError):
     """Slurm could not be reached, or one of its commands is not there."""
+
+    exit_code = 3
 
 
 class NoAnswer(SlurmError):  # noqa: N818 - no failure of ours
     """Slurm may have done what it was asked, or not."""
 
 
-class Rejected(Exception):  # noqa: N818 - Slurm's answer, not a failure of ours
+class Rejected(HlrlhfError):  # noqa: N818 - Slurm's answer, not a failure of ours
     """Slurm was reached and refused; carries its own words."""
+
+    exit_code = 2
 
 
 def submit(script: Path, environ: Mapping[str, str] = os.environ) -> tuple[str, str | None]:

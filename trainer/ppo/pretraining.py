@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hlrlhf.settings import Settings
-from hlrlhf.trainer import data
+from hlrlhf.trainer.data import reading
+from hlrlhf.trainer.data.rows import Rows
 from hlrlhf.trainer.device import Device
 from hlrlhf.trainer.errors import TrainerError
-from hlrlhf.trainer.rows import Rows
 
 
 class Mix:
@@ -28,7 +28,7 @@ class Mix:
         device: the rank's.
     """
 
-    def __init__(self, rows: data.Prompts, settings: Settings, device: Device):
+    def __init__(self, rows: reading.Prompts, settings: Settings, device: Device):
         self._rows = rows
         self._settings = settings
         self._device = device
@@ -67,13 +67,15 @@ def load_mix(settings: Settings, tokenizer: Any, device: Device) -> Mix | None:
     rows = Rows.of([])
     if dist.get_rank() == 0:
         rows = _rows(settings.pretraining.path, settings, tokenizer)
-    return Mix(data.Prompts(data.to_all_ranks(rows, device.torch), settings.seed), settings, device)
+    return Mix(
+        reading.Prompts(reading.to_all_ranks(rows, device.torch), settings.seed), settings, device
+    )
 
 
 def _rows(path: str, settings: Settings, tokenizer: Any) -> Rows:
-    texts = data.read_texts(path, settings.dataset.split, settings.pretraining.column)
+    texts = reading.read_texts(path, settings.dataset.split, settings.pretraining.column)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    ids = Rows.of(one + end for one in data.tokenized(texts, tokenizer)).ids
+    ids = Rows.of(one + end for one in reading.tokenized(texts, tokenizer)).ids
     width = settings.pretraining.max_tokens
     number = len(ids) // width
     print(f"{path}: {len(texts)} texts make {number} rows of {width} tokens")

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from hlrlhf.runs import Attempt
 from hlrlhf.settings import Settings
 from hlrlhf.trainer.device import Device
-from hlrlhf.trainer.engine import agreed
 from hlrlhf.trainer.errors import TrainerError
-from hlrlhf.trainer.experience import Experience
+from hlrlhf.trainer.ppo.experience import Experience
+from hlrlhf.trainer.ranks import agreed
 
 
 class Guard:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from hlrlhf.settings import Settings
-from hlrlhf.trainer import ppo
+from hlrlhf.trainer import formulas
 from hlrlhf.trainer.device import Device
-from hlrlhf.trainer.engine import summed
-from hlrlhf.trainer.rewards import Rewards
-from hlrlhf.trainer.rollout import Rollout
+from hlrlhf.trainer.ppo.rewards import Rewards
+from hlrlhf.trainer.ppo.rollout import Rollout
+from hlrlhf.trainer.ranks import summed
 
 
 @dataclass(frozen=True)
@@ -147,17 +147,17 @@ def assemble(
     # Padding may have the probability 0, and minus infinity times 0 is no number.
     logprobs = torch.where(mask, logprobs, 0)
     reference = torch.where(mask, reference, 0)
-    kl = ppo.kl_estimate(logprobs, reference, settings.ppo.kl_estimator)
+    kl = formulas.kl_estimate(logprobs, reference, settings.ppo.kl_estimator)
     shaped = rewards.shaped(scores, rollout.ended)
     # On the last token, wherever the reward model is read: to end was the last action that the
     # score is due to. On the token before, it would teach to go on, with a score yet to come.
-    token_rewards = ppo.token_rewards(shaped, kl, mask, kl_coefficient, rollout.lengths - 1)
-    advantages, returns = ppo.advantages_and_returns(
+    token_rewards = formulas.token_rewards(shaped, kl, mask, kl_coefficient, rollout.lengths - 1)
+    advantages, returns = formulas.advantages_and_returns(
         token_rewards, values, mask, settings.ppo.gamma, settings.ppo.gae_lambda
     )
     if settings.ppo.whiten_advantages:
         mean, variance = moments(advantages, mask)
-        advantages = ppo.whiten(advantages, mask, mean, variance)
+        advantages = formulas.whiten(advantages, mask, mean, variance)
     return Experience(
         sequences=rollout.sequences,
         attention_mask=rollout.attention_mask,

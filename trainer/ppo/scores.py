@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from hlrlhf.settings import Settings
-from hlrlhf.trainer import data
+from hlrlhf.trainer.data import reading
 from hlrlhf.trainer.device import Device
 from hlrlhf.trainer.errors import TrainerError
-from hlrlhf.trainer.rollout import Rollout
+from hlrlhf.trainer.ppo.rollout import Rollout
 
 
 class ModelScores:
@@ -86,7 +86,7 @@ class ModelScores:
         assert self._own is not None
         end = self._own.eos_token_id
         # Without an end; here one stands where the actor put it.
-        rows = data.encode(texts_for(self._own, rollout, self._tokenizer), self._own)
+        rows = reading.encode(texts_for(self._own, rollout, self._tokenizer), self._own)
         if end is not None and self._score_at == "end":
             has_end = rollout.has_end_token.tolist()
             rows = [ids + [end] * has for ids, has in zip(rows, has_end, strict=True)]
@@ -98,7 +98,7 @@ class ModelScores:
         # text at all must still have a last token.
         named = (self._own.pad_token_id, end, 0)
         fill = next(token for token in named if token is not None)
-        ids, mask = data.pad_left([row or [fill] for row in rows], fill, self._device.pad_to)
+        ids, mask = reading.pad_left([row or [fill] for row in rows], fill, self._device.pad_to)
         return ids.to(rollout.sequences.device), mask.to(rollout.sequences.device)
 
     def _end_of(self, ids: list[int], longest: int) -> list[int]:

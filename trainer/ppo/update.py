@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from hlrlhf.settings import Settings
-from hlrlhf.trainer import engine, ppo
+from hlrlhf.trainer import formulas
 from hlrlhf.trainer.device import Device
-from hlrlhf.trainer.ema import Average
-from hlrlhf.trainer.experience import Experience
-from hlrlhf.trainer.pretraining import Mix
+from hlrlhf.trainer.models import engine
+from hlrlhf.trainer.models.ema import Average
+from hlrlhf.trainer.ppo.experience import Experience
+from hlrlhf.trainer.ppo.pretraining import Mix
+from hlrlhf.trainer.ranks import summed
 
 
 def update(
@@ -48,7 +50,7 @@ def update(
         for minibatch in experience.split(len(experience.scores) // settings.ppo.minibatches):
             # Each token of the minibatch counts the same, however its rows are spread over micro
             # batches and ranks. DeepSpeed divides by the ranks, so that is taken back.
-            share = settings.world_size / engine.summed(minibatch.answer_mask.sum().float())
+            share = settings.world_size / summed(minibatch.answer_mask.sum().float())
             # One model after the other, so that the gradients of one at a time take up memory.
             for micro in minibatch.split(settings.mbs):
                 parts = _policy_loss(actor, micro, settings)
@@ -76,17 +78,17 @@ def update(
     return totals, whole
 
 
-def _policy_loss(actor: Any, micro: Experience, settings: Settings) -> ppo.PolicyLoss:
+def _policy_loss(actor: Any, micro: Experience, settings: Settings) -> formulas.PolicyLoss:
     logprobs = actor(
         micro.sequences, micro.attention_mask, micro.answer_width, settings.generation.temperature
     )
-    return ppo.policy_loss(
+    return formulas.policy_loss(
         logprobs, micro.logprobs, micro.advantages, micro.answer_mask, settings.ppo.clip_range
     )
 
 
 def _value_loss(critic: Any, micro: Experience, settings: Settings) -> Tensor:
     values = critic(micro.sequences, micro.attention_mask, micro.answer_width)[:, :-1]
-    return ppo.value_loss(
+    return formulas.value_loss(
         values, micro.values, micro.returns, micro.answer_mask, settings.ppo.value_clip_range
     )

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hlrlhf.trainer import engine
+from hlrlhf.trainer.models import engine
 
 
 class Average:

@@ -21,10 +21,11 @@ from transformers import (
 )
 
 from hlrlhf.settings import Settings
-from hlrlhf.trainer import data, models
+from hlrlhf.trainer.data import reading
+from hlrlhf.trainer.decoding.stopping import StopStrings
 from hlrlhf.trainer.device import Device
-from hlrlhf.trainer.engine import gathered
-from hlrlhf.trainer.stopping import StopStrings
+from hlrlhf.trainer.models import forwards
+from hlrlhf.trainer.models.engine import gathered
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def generate(
         witness: sees the logits [b, v] of every token before temperature and truncation.
     """
     config = sampling.config
-    ids, mask = data.pad_left(prompts, config.pad_token_id, device.pad_to)
+    ids, mask = reading.pad_left(prompts, config.pad_token_id, device.pad_to)
     stops = None
     if sampling.stop:
         stops = StopStrings(
@@ -125,7 +126,7 @@ def generate(
     actor.eval()
     # generate() fills what a call leaves unset from the configuration of the model itself, which
     # peft's wrapper hides.
-    plain = models.unwrapped(policy.lm)
+    plain = forwards.unwrapped(policy.lm)
     plain.generation_config = config
     with gathered(actor), device.generating(plain) as extra:
         sequences = policy.generate(

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hlrlhf.settings import Settings
 from hlrlhf.trainer.errors import TrainerError
-from hlrlhf.trainer.models import Policy, Scorer
+from hlrlhf.trainer.models.forwards import Policy, Scorer
 
 
 def add_adapters(model: Policy | Scorer, settings: Settings) -> None:

@@ -14,9 +14,9 @@ from transformers import LogitsProcessor
 
 from hlrlhf.settings import Settings
 from hlrlhf.trainer.device import Device
-from hlrlhf.trainer.engine import summed
 from hlrlhf.trainer.errors import TrainerError
-from hlrlhf.trainer.rollout import Rollout, Sampling
+from hlrlhf.trainer.ppo.rollout import Rollout, Sampling
+from hlrlhf.trainer.ranks import summed
 
 # Nats per token, on average. bf16 has 8 bits: a logit near 30 is rounded by up to a sixteenth, on
 # either way. In fp32 that is 2^16 times less.

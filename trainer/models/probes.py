@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hlrlhf.trainer.errors import TrainerError
-from hlrlhf.trainer.models import Policy, Scorer
+from hlrlhf.trainer.models.forwards import Policy, Scorer
 
 # Two texts that differ in their last token alone.
 TEXTS = ((1, 2, 1), (1, 2, 2))

@@ -20,12 +20,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hlrlhf.runs import Attempt
-from hlrlhf.trainer import lora
-from hlrlhf.trainer.ema import Average
-from hlrlhf.trainer.engine import summed, whole_weights
 from hlrlhf.trainer.errors import TrainerError
-from hlrlhf.trainer.loading import ROLE
-from hlrlhf.trainer.models import Policy, Scorer, unwrapped
+from hlrlhf.trainer.models import lora
+from hlrlhf.trainer.models.ema import Average
+from hlrlhf.trainer.models.engine import whole_weights
+from hlrlhf.trainer.models.forwards import Policy, Scorer, unwrapped
+from hlrlhf.trainer.models.loading import ROLE
+from hlrlhf.trainer.ranks import summed
 from hlrlhf.trainer.records import warn
 
 # Seconds until a last save that failed is tried again.

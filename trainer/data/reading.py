@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hlrlhf.settings import Settings
+from hlrlhf.trainer.data.rows import Rows
+from hlrlhf.trainer.data.sources import CellError, column
 from hlrlhf.trainer.errors import TrainerError
-from hlrlhf.trainer.rows import Rows
-from hlrlhf.trainer.sources import CellError, column
 
 # Where the last answer of a transcript begins, in the format of Anthropic's hh-rlhf.
 TRANSCRIPT_TURN = "\n\nAssistant:"

@@ -18,11 +18,11 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from hlrlhf.trainer import kinds, probes
-from hlrlhf.trainer.dropout import set_dropout
 from hlrlhf.trainer.errors import TrainerError
-from hlrlhf.trainer.models import Policy, Scorer
-from hlrlhf.trainer.weights import check_names, read_shapes, read_weights
+from hlrlhf.trainer.models import kinds, probes
+from hlrlhf.trainer.models.dropout import set_dropout
+from hlrlhf.trainer.models.forwards import Policy, Scorer
+from hlrlhf.trainer.models.weights import check_names, read_shapes, read_weights
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

@@ -1,4 +1,4 @@
-"""The same run without Slurm: one process per device on this machine."""
+"""Runs on this machine, one process per device; a place to run at, see `hlrlhf.jobs.start`."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from hlrlhf.ports import PortTakenError, rendezvous_port
-from hlrlhf.runs import STOPPED, Attempt, Outcome, Run
+from hlrlhf.jobs import start as starting
+from hlrlhf.jobs.ports import PortTakenError, rendezvous_port
+from hlrlhf.jobs.start import Started
+from hlrlhf.runs import STOPPED, Attempt, Job, Outcome, Run
 from hlrlhf.settings.errors import Problem, SettingsError
 from hlrlhf.settings.layers import Resolved
 from hlrlhf.settings.schema import Settings
@@ -43,6 +45,42 @@ def check(resolved: Resolved) -> None:
         problems.append(Problem(where, "--local runs without a container; set container.kind=none"))
     if problems:
         raise SettingsError(problems)
+
+
+def start(resolved: Resolved, environ: Mapping[str, str]) -> Started:
+    """See `Place.start`; this process is the job, and `finish` runs it."""
+    made = starting.make(resolved, environ)
+    job = Job("local", str(os.getpid()), None, int(time.time()))
+    try:
+        made.record(job)
+    except BaseException:
+        made.discard()
+        raise
+    return Started(made, job)
+
+
+def finish(
+    resolved: Resolved, started: Started, environ: Mapping[str, str], say: Callable[[str], None]
+) -> int:
+    """See `Place.finish`.
+
+    Raises:
+        SettingsError: HL_MASTER_PORT is taken; nothing is left of the run.
+    """
+    if resolved.settings.environment.setup:
+        say("environment.setup is for Slurm's nodes; here, the environment is used as it is")
+    made = started.run
+    try:
+        outcome = run(resolved, made.directory, environ)
+    except SettingsError:
+        # Nothing was started.
+        made.discard()
+        raise
+    words = {0: "done", STOPPED: outcome.why}
+    failed = f"failed with exit code {outcome.code}: {outcome.why}"
+    say(f"run {made.name}: {words.get(outcome.code, failed)}")
+    say(f"everything is in {made.directory}")
+    return outcome.code
 
 
 def run(

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hlrlhf.settings import Settings
 from hlrlhf.trainer.errors import TrainerError
-from hlrlhf.trainer.loading import UNREADABLE
+from hlrlhf.trainer.models.loading import UNREADABLE
 
 OFF = "set HL_HYBRID_ENGINE=0"
 

@@ -16,13 +16,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hlrlhf.settings import Settings
-from hlrlhf.trainer import rollout as rollouts
+from hlrlhf.trainer.data.rows import Rows
 from hlrlhf.trainer.device import Device
-from hlrlhf.trainer.engine import summed
-from hlrlhf.trainer.experience import answer_logprobs
-from hlrlhf.trainer.frozen import Copy
-from hlrlhf.trainer.rollout import Rollout, Sampling
-from hlrlhf.trainer.rows import Rows
+from hlrlhf.trainer.models.frozen import Copy
+from hlrlhf.trainer.ppo import rollout as rollouts
+from hlrlhf.trainer.ppo.experience import answer_logprobs
+from hlrlhf.trainer.ppo.rollout import Rollout, Sampling
+from hlrlhf.trainer.ranks import summed
 
 
 @dataclass(frozen=True)

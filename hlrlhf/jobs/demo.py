@@ -8,12 +8,13 @@ import sys
 from importlib import resources
 from pathlib import Path
 
+from hlrlhf.errors import HlrlhfError
 from hlrlhf.settings.layers import Resolved
 
 MODELS = Path("demo", "models")
 
 
-class DemoError(Exception):
+class DemoError(HlrlhfError):
     """The demo's models could not be made."""
 
 

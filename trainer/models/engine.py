@@ -20,8 +20,8 @@ from hlrlhf.settings import Settings
 from hlrlhf.settings.schema import Actor, Critic
 from hlrlhf.trainer.device import Device
 from hlrlhf.trainer.errors import TrainerError
-from hlrlhf.trainer.lora import is_adapter
-from hlrlhf.trainer.models import Policy, Scorer
+from hlrlhf.trainer.models.forwards import Policy, Scorer
+from hlrlhf.trainer.models.lora import is_adapter
 
 
 def start(device: Device) -> None:
@@ -271,18 +271,6 @@ def _exact_buffers(model: nn.Module) -> Iterator[None]:
     yield
     for module, name, buffer in kept:
         setattr(module, name, buffer.to(getattr(module, name).device))
-
-
-def summed(values: Tensor) -> Tensor:
-    """The sum over all ranks of a tensor, in place."""
-    dist.all_reduce(values)
-    return values
-
-
-def agreed(flag: bool, device: Device) -> bool:
-    """Whether any rank says yes; all ranks have to ask."""
-    votes = torch.tensor([float(flag)], device=device.torch)
-    return bool(summed(votes).item())
 
 
 def _config(settings: Settings, zero_stage: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
-from hlrlhf.trainer import ppo
+from hlrlhf.trainer import formulas
 
 
 class Policy(nn.Module):
@@ -70,7 +70,7 @@ class Policy(nn.Module):
             logits = plain.lm_head(hidden[:, -kept:])
         else:
             logits = self.lm(**inputs).logits[:, -kept:]
-        return ppo.token_logprobs(logits[:, :-1], answers, temperature)
+        return formulas.token_logprobs(logits[:, :-1], answers, temperature)
 
     def _logprobs_in_chunks(self, hidden: Tensor, answers: Tensor, temperature: float) -> Tensor:
         """Log-probs from hidden states [b, r, h], with the logits of one chunk in memory at a time.
@@ -80,7 +80,7 @@ class Policy(nn.Module):
         head = unwrapped(self.lm).get_output_embeddings()
 
         def logprobs(states: Tensor, tokens: Tensor) -> Tensor:
-            return ppo.token_logprobs(head(states), tokens, temperature)
+            return formulas.token_logprobs(head(states), tokens, temperature)
 
         chunks = zip(
             torch.split(hidden, self.logprob_chunk, dim=1),

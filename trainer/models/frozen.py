@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hlrlhf.settings import Settings
-from hlrlhf.trainer import engine, loading, tokenizers
 from hlrlhf.trainer.device import Device
 from hlrlhf.trainer.errors import TrainerError
-from hlrlhf.trainer.models import Policy, Scorer
+from hlrlhf.trainer.models import engine, loading, tokenizers
+from hlrlhf.trainer.models.forwards import Policy, Scorer
 
 
 class Copy:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from datasets import DatasetDict, load_dataset, load_dataset_builder, load_from_disk
 
-from hlrlhf.trainer import faults
+from hlrlhf.trainer.data import faults
 from hlrlhf.trainer.errors import TrainerError
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}

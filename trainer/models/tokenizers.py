@@ -10,9 +10,9 @@ from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
 from hlrlhf.settings import Settings
-from hlrlhf.trainer import fidelity
 from hlrlhf.trainer.errors import TrainerError
-from hlrlhf.trainer.models import Policy, Scorer
+from hlrlhf.trainer.models import fidelity
+from hlrlhf.trainer.models.forwards import Policy, Scorer
 
 # A whole tokenizer has one of them at least: ``save_pretrained`` always writes it. Of less, such as
 # the vocab.json and merges.txt, or the tokenizer.model, that DeepSpeed-Chat leaves beside its

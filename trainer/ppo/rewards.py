@@ -16,12 +16,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hlrlhf.settings import Settings
-from hlrlhf.trainer import flops, frozen, lengths, loading, tokenizers
+from hlrlhf.trainer import flops, lengths
 from hlrlhf.trainer.device import Device
 from hlrlhf.trainer.errors import TrainerError
-from hlrlhf.trainer.models import unwrapped
-from hlrlhf.trainer.rollout import Rollout
-from hlrlhf.trainer.scores import FunctionScores, ModelScores, imported
+from hlrlhf.trainer.models import frozen, loading, tokenizers
+from hlrlhf.trainer.models.forwards import unwrapped
+from hlrlhf.trainer.ppo.rollout import Rollout
+from hlrlhf.trainer.ppo.scores import FunctionScores, ModelScores, imported
 
 # Gives the answers of a rollout their scores, [b] in fp32.
 Source = Callable[[Rollout], Tensor]

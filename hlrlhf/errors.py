@@ -1,0 +1,16 @@
+"""The base of all errors that end a command, or a rank, with words rather than a traceback."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class HlrlhfError(Exception):
+    """Something that a user can mend; its text says what is wrong and what to do, line by line.
+
+    Attributes:
+        exit_code: of a command that it ends: 1 the run or job failed, 2 what was asked for is
+            wrong, 3 Slurm could not be reached.
+    """
+
+    exit_code: ClassVar[int] = 1

@@ -1,0 +1,1 @@
+"""Jobs: a run, started and watched, by Slurm or on this machine."""

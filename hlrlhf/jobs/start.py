@@ -1,0 +1,88 @@
+"""Starting a run: settings → directory → job. Nothing here prints; commands do.
+
+Slurm (`hlrlhf.jobs.batch`) and this machine (`hlrlhf.jobs.local`) are two places to run at, behind
+one interface.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from hlrlhf.runs import Job, Run, create
+from hlrlhf.settings import layers
+from hlrlhf.settings.layers import Resolved
+
+
+@dataclass(frozen=True)
+class Started:
+    """A run that has a job.
+
+    Attributes:
+        run: with its directory.
+        job: as it was recorded there.
+        clock_ahead: seconds by which this machine's clock is ahead of Slurm's.
+    """
+
+    run: Run
+    job: Job
+    clock_ahead: int = 0
+
+
+class Place(Protocol):
+    """Where runs can go; modules are places."""
+
+    def check(self, resolved: Resolved) -> None:
+        """Refuse what cannot run there.
+
+        Raises:
+            SettingsError: naming the settings.
+        """
+
+    def start(self, resolved: Resolved, environ: Mapping[str, str]) -> Started:
+        """Make the run's directory and its job; where that fails, nothing is left.
+
+        Raises:
+            RunError: the directory cannot be made.
+            SettingsError: the settings make no script.
+            Rejected, SlurmError: Slurm refused the job, or could not be reached.
+        """
+
+    def finish(
+        self,
+        resolved: Resolved,
+        started: Started,
+        environ: Mapping[str, str],
+        say: Callable[[str], None],
+    ) -> int:
+        """See the run to its end; its exit code.
+
+        Args:
+            resolved: the settings.
+            started: by `start`.
+            environ: the caller's environment.
+            say: gets a sentence when there is news.
+        """
+
+
+def directory(resolved: Resolved) -> Path:
+    """Where the run goes if its name is still free."""
+    return Path(resolved.settings.base_out_path, resolved.settings.tag)
+
+
+def make(resolved: Resolved, environ: Mapping[str, str]) -> Run:
+    """A new run directory with its settings.
+
+    Raises:
+        RunError: it cannot be made; nothing of it is left.
+    """
+    settings = resolved.settings
+    run = create(Path(settings.base_out_path), settings.tag, environ)
+    try:
+        run.settings_file.write_text(layers.dump(resolved), encoding="utf-8")
+    except BaseException:
+        run.discard()
+        raise
+    return run

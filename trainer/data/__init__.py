@@ -1,0 +1,1 @@
+"""Reading: data sets, and rows of token ids."""

@@ -1,0 +1,1 @@
+"""PPO: rollout, experience, update, and the formulas."""

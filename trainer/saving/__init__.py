@@ -1,0 +1,1 @@
+"""Saving: folders that anything else can load."""
