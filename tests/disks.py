@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,3 +41,15 @@ def fill(place: Path) -> Path:
     free = os.statvfs(place)
     assert free.f_bavail == 0
     return filler
+
+
+@contextmanager
+def no_file_longer_than(size: int) -> Iterator[None]:
+    """A quota of a kind: of a write across the limit, the system takes the first part."""
+    assert signal.getsignal(signal.SIGXFSZ) is signal.SIG_IGN
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -19,9 +19,9 @@ from unittest import mock
 import architectures
 import tiny
 import torch
-from test_update import made
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from updates import made
 
 from hlrlhf.trainer import flops
 from hlrlhf.trainer.errors import TrainerError

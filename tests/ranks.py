@@ -149,6 +149,15 @@ def finish(directory: Path, processes: list[Any]) -> Run:
     return Run(directory, codes, [log.read_bytes().decode() for log in logs])
 
 
+def wait_for(condition: Callable[[], Any], processes: list[Any]) -> None:
+    """Wait until `condition` holds, while the processes live."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert all(process.is_alive() for process in processes)
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def train(directory: Path, ranks: int = 1, port: int | None = None, **environ: str) -> Run:
     """Run the ranks to their end."""
     with running(directory, ranks, port, **environ) as processes:

@@ -21,14 +21,6 @@ from hlrlhf.trainer.ppo import agreement, rollout  # noqa: E402
 PROMPTS = [[1, 5, 6, 7, 8, 9], [1, 30], [1, 11, 12], [1, 4]]
 
 
-def as_it_is(logits: Any, hidden: Any) -> Any:
-    return logits
-
-
-def shifted(logits: Any, hidden: Any) -> Any:
-    return logits.roll(1, -1)
-
-
 def flattened(logits: Any, hidden: Any) -> Any:
     """The likeliest tokens stay the likeliest."""
     return logits * 0.9
@@ -69,7 +61,7 @@ def test_a_rollout_of_the_policys_own_passes(
     tmp_path: Path, architecture: str, static_cache: bool, dtype: str
 ) -> None:
     folder = tiny.save_policy(tmp_path, architecture)
-    checked(folder, as_it_is, dtype=dtype, static_cache=static_cache)
+    checked(folder, tiny.as_it_is, dtype=dtype, static_cache=static_cache)
 
 
 @ONE
@@ -84,11 +76,11 @@ def test_a_rollout_of_the_policys_own_passes(
     ],
 )
 def test_it_is_the_whole_policy_that_is_compared(tmp_path: Path, flags: list[str]) -> None:
-    checked(tiny.save_policy(tmp_path, "llama"), as_it_is, *flags)
+    checked(tiny.save_policy(tmp_path, "llama"), tiny.as_it_is, *flags)
 
 
 @ONE
-@pytest.mark.parametrize("kernel", [shifted, flattened])
+@pytest.mark.parametrize("kernel", [tiny.shifted, flattened])
 @pytest.mark.parametrize(
     ("flag", "remedy"), [("gbs=4", "cannot be used here"), ("hybrid_engine=1", "HL_HYBRID_ENG")]
 )
@@ -118,14 +110,14 @@ def test_a_static_cache_that_an_architecture_reads_wrongly_stops_the_run(tmp_pat
     torch.manual_seed(1)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
 
-    checked(tmp_path, as_it_is)
+    checked(tmp_path, tiny.as_it_is)
     with pytest.raises(TrainerError, match=r"GPTNeoForCausalLM.*with a static cache"):
-        checked(tmp_path, as_it_is, static_cache=True)
+        checked(tmp_path, tiny.as_it_is, static_cache=True)
 
 
 def on_one_of_two(folder: Path) -> str:
     """What a rank is told when rank 1 alone has a wrong kernel."""
-    kernel = shifted if torch.distributed.get_rank() else as_it_is
+    kernel = tiny.shifted if torch.distributed.get_rank() else tiny.as_it_is
     try:
         checked(folder, kernel, "devices_per_node=2", "gbs=4")
     except TrainerError as error:

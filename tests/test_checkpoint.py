@@ -12,9 +12,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import tiny  # noqa: E402
-from disks import disk, fill  # noqa: E402
-from ranks import Run, finish, prepare, running, together, train  # noqa: E402
-from test_records import no_file_longer_than  # noqa: E402
+from disks import disk, fill, no_file_longer_than  # noqa: E402
+from ranks import Run, finish, prepare, running, together, train, wait_for  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from hlrlhf.trainer.errors import TrainerError  # noqa: E402
@@ -193,8 +192,6 @@ def test_models_that_find_no_room_in_their_place_are_saved_in_the_run_directory(
 def test_a_run_that_waits_for_room_can_be_asked_to_stop(
     demo_models: Path, tmp_path: Path, ranks: int
 ) -> None:
-    from test_trainer import wait_for
-
     run_directory = tmp_path / "run"
     with disk(tmp_path / "disk", ROOM) as full:
         fill(full)

@@ -14,8 +14,8 @@ torch = pytest.importorskip("torch")
 
 import tiny  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
-from test_update import load, made, settings_with  # noqa: E402
 from tiny import one_rank  # noqa: E402, F401
+from updates import load, made, settings_with  # noqa: E402
 
 from hlrlhf.trainer.errors import TrainerError  # noqa: E402
 from hlrlhf.trainer.models import engine  # noqa: E402

@@ -16,7 +16,6 @@ torch = pytest.importorskip("torch")
 
 import tiny  # noqa: E402
 from ranks import prepare, read_lines  # noqa: E402
-from test_agreement import as_it_is, shifted  # noqa: E402
 from tiny import one_rank  # noqa: E402, F401
 from torch.utils import cpp_extension  # noqa: E402
 from transformers import Qwen2Config  # noqa: E402
@@ -112,7 +111,7 @@ def test_a_run_stops_before_it_trains_on_wrong_answers(
         if own is not asking.actor:
             return made
         head = model.lm.get_output_embeddings()
-        kernels = {"wrong": shifted, "right": as_it_is, "stale": StaleCopy(head)}
+        kernels = {"wrong": tiny.shifted, "right": tiny.as_it_is, "stale": StaleCopy(head)}
         return tiny.Kernels(made, kernels[kernel])
 
     plain = engine.trained

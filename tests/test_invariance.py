@@ -16,9 +16,9 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import tiny  # noqa: E402
-from test_update import TEXTS, made  # noqa: E402
 from tiny import PAD, one_rank  # noqa: E402, F401
 from torch.nn.functional import pad  # noqa: E402
+from updates import TEXTS, made  # noqa: E402
 
 from hlrlhf.trainer.data import reading  # noqa: E402
 from hlrlhf.trainer.data.rows import Rows  # noqa: E402

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import tiny  # noqa: E402
-from disks import disk, fill  # noqa: E402
+from disks import disk, fill, no_file_longer_than  # noqa: E402
 from tensorboard.backend.event_processing.event_accumulator import (  # noqa: E402
     EventAccumulator,
 )
@@ -23,18 +19,6 @@ from tensorboard.backend.event_processing.event_accumulator import (  # noqa: E4
 from hlrlhf.trainer import records  # noqa: E402
 from hlrlhf.trainer.metrics import Recorder  # noqa: E402
 from hlrlhf.trainer.models.forwards import Parameters  # noqa: E402
-
-
-@contextmanager
-def no_file_longer_than(size: int) -> Iterator[None]:
-    """A quota of a kind: of a write across the limit, the system takes the first part."""
-    assert signal.getsignal(signal.SIGXFSZ) is signal.SIG_IGN
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

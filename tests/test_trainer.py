@@ -13,7 +13,6 @@ import struct
 import subprocess
 import sys
 import termios
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 import tiny  # noqa: E402
 from peft import PeftModel  # noqa: E402
-from ranks import Run, finish, prepare, read_lines, running, train  # noqa: E402
+from ranks import Run, finish, prepare, read_lines, running, train, wait_for  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from transformers import (  # noqa: E402
     AutoModelForCausalLM,
@@ -623,14 +622,6 @@ def test_a_rank_that_ends_in_the_middle_is_a_failure_by_its_own_name(
     assert outcome.code == code
     assert outcome.why.startswith(why)
     assert not (tmp_path / "checkpoints").exists()
-
-
-def wait_for(condition: Callable[[], Any], processes: list[Any]) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert all(process.is_alive() for process in processes)
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def broken_critic(models: Path, folder: Path) -> dict[str, Any]:

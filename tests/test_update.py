@@ -13,61 +13,20 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import tiny  # noqa: E402
-from tiny import EOS, PAD, one_rank  # noqa: E402, F401
+from tiny import one_rank  # noqa: E402, F401
+from updates import ANSWERS, PROMPTS, TEXTS, load, made, settings_with  # noqa: E402
 
 from hlrlhf.trainer.data import reading  # noqa: E402
 from hlrlhf.trainer.data.rows import Rows  # noqa: E402
-from hlrlhf.trainer.models import engine, loading  # noqa: E402
+from hlrlhf.trainer.models import engine  # noqa: E402
 from hlrlhf.trainer.models.ema import Average  # noqa: E402
-from hlrlhf.trainer.ppo import experience  # noqa: E402
 from hlrlhf.trainer.ppo.pretraining import Mix  # noqa: E402
-from hlrlhf.trainer.ppo.rewards import Rewards  # noqa: E402
 from hlrlhf.trainer.ppo.update import update  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
-PROMPTS = [[1, 5, 6, 7, 8, 9], [1, 30], [1, 11, 12], [1, 4]]
-ANSWERS = [[7, 8, EOS], [EOS], [13, PAD, 14, 15, EOS], [20, 21, 22, 23, 24]]
-TEXTS = [[1, 9, 8, 7], [1, 5, 5, 5], [1, 2, 30, 31], [1, 40, 41, 42]]
 # AdamW divides small gradients by their own size, so rounding shows.
 TOLERANCE = {"rtol": 1e-3, "atol": 2e-5}
-
-
-def made(settings: Any) -> experience.Experience:
-    """What a policy near the actor has sampled, with advantages of either sign."""
-    rolled_out = tiny.rolled_out(PROMPTS, ANSWERS)
-    generator = torch.Generator().manual_seed(3)
-    shape = rolled_out.answer_mask.shape
-    near = torch.randn(shape, generator=generator)
-    return experience.assemble(
-        rolled_out,
-        logprobs=near - 4,
-        reference=near - 4.5,
-        values=torch.randn(shape, generator=generator),
-        scores=torch.tensor([1.0, -2.0, 0.5, 3.0]),
-        rewards=Rewards([], settings),
-        settings=settings,
-        kl_coefficient=0.1,
-    )
-
-
-def load(folder: Path) -> tuple[Any, Any]:
-    actor = loading.load_policy(str(tiny.save_policy(folder / "actor", "llama")), "fp32", 0.0)
-    critic = loading.load_scorer(str(tiny.save_classifier(folder / "critic", "llama")), "fp32", 0.0)
-    return actor, critic
-
-
-def settings_with(*flags: str) -> Any:
-    return tiny.settings(
-        "mbs=1",
-        "num_warmup_steps=0",
-        "optimizer.lr_scheduler=constant",
-        "optimizer.gradient_clipping=0",
-        "optimizer.epsilon=1e-3",
-        "actor.learning_rate=1e-3",
-        "critic.learning_rate=2e-3",
-        *flags,
-    )
 
 
 def updated(folder: Path, *flags: str) -> tuple[dict[str, Any], dict[str, Any]]:
