@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import hypothesis
@@ -15,6 +16,10 @@ from cluster import Cluster, missing
 from hlrlhf import runs
 from hlrlhf.runs import Job, Run
 from hlrlhf.slurm import client
+
+# Where there is no torch, the tests that compute are left out.
+NEED_TORCH = ["trainer/*", "whole/test_breakdowns.py", "whole/test_real.py"]
+collect_ignore_glob = [] if find_spec("torch") else NEED_TORCH
 
 # In the background of a shell, or under nohup, these are ignored, and so they would be by every
 # process of the tests, some of which are to be stopped by them. Handlers are not inherited.

@@ -27,7 +27,8 @@ def note(difference: float, allowed: float) -> None:
     """Keep a comparison that the line of a test which is running makes."""
     frame = sys._getframe(1)
     while frame and (
-        Path(frame.f_code.co_filename).parent != _tests or frame.f_code.co_filename == __file__
+        not Path(frame.f_code.co_filename).is_relative_to(_tests)
+        or frame.f_code.co_filename == __file__
     ):
         frame = frame.f_back  # type: ignore[assignment]
     if not frame or not allowed:

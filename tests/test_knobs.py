@@ -34,7 +34,7 @@ def marks(tree: ast.AST) -> Iterator[str]:
 
 
 def test_every_setting_of_the_trainer_has_a_test() -> None:
-    trees = [ast.parse(path.read_text()) for path in Path(__file__).parent.glob("test_*.py")]
+    trees = [ast.parse(path.read_text()) for path in Path(__file__).parent.rglob("test_*.py")]
     shown = {name for tree in trees for name in marks(tree)}
     settings = set(settings_by_name())
     of_trainer = {name for name in settings - TOOL if not name.startswith(TOOL_GROUPS)}

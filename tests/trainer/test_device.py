@@ -1,0 +1,272 @@
+"""The devices; for Gaudi, a stand-in of its software that records the calls."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from ranks import Run, prepare, train, variables
+
+from hlrlhf.settings import Settings, layers
+from hlrlhf.trainer import device
+from hlrlhf.trainer.data import reading
+from hlrlhf.trainer.errors import TrainerError
+from hlrlhf.trainer.ppo import rollout
+
+HERE = Path(__file__).parents[1]
+GAUDI = str(HERE / "gaudi")
+OPTIMUM = str(HERE / "gaudi-optimum")
+# An epsilon above nearly all gradients: weights move in proportion to them, roundings included.
+GENTLE = {"optimizer__epsilon": 1e-2}
+
+
+@pytest.fixture(autouse=True)
+def _own_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`select` tells DeepSpeed of the device through the environment."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+
+
+def settings_of(**changes: Any) -> Settings:
+    mandatory = ("tag", "base_out_path", "actor.model_path", "critic.model_path", "dataset.path")
+    values = dict.fromkeys(mandatory, "x") | changes
+    return layers.resolve(environ={}, flags=[f"{n}={v}" for n, v in values.items()]).settings
+
+
+def environment(*stand_ins: str, **more: str) -> dict[str, str]:
+    own = {name: os.environ[name] for name in ("PATH", "HOME", "XDG_STATE_HOME")}
+    return own | {"PYTHONPATH": os.pathsep.join(stand_ins)} | more
+
+
+def on_gaudi(directory: Path, *stand_ins: str, **more: str) -> tuple[Run, list[str]]:
+    """A run of one rank on the stand-in, and the calls that it recorded."""
+    calls = directory / "calls"
+    # Port 0: the only rank asks nobody else.
+    environ = environment(*stand_ins, STAND_IN_CALLS=str(calls), **variables(0, 1, 0), **more)
+    done = subprocess.run(
+        [sys.executable, "-m", "hlrlhf.trainer", str(directory)],
+        env=environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    recorded = calls.read_text().splitlines() if calls.exists() else []
+    return Run(directory, [done.returncode], [done.stdout]), recorded
+
+
+def test_gaudi_needs_its_software() -> None:
+    with pytest.raises(TrainerError, match=r"no habana_frameworks.*HL_DEVICE"):
+        device.select(settings_of(device="hpu"), 0)
+
+
+def test_the_peak_of_memory_on_processors_is_the_processs_own() -> None:
+    cpu = device.select(settings_of(device="cpu"), 0)
+    now = psutil.Process().memory_info().rss
+    held = torch.ones((cpu.peak_memory() - now) // 4 + (64 << 20))
+    # Beyond what has been held so far by 64 Mi numbers, less what the process let go meanwhile.
+    assert cpu.peak_memory() > now + len(held) * 3
+    assert cpu.peak_memory() < psutil.virtual_memory().total
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.knob("device")
+def test_cuda_needs_a_gpu() -> None:
+    with pytest.raises(TrainerError, match="torch sees no GPU"):
+        device.select(settings_of(device="cuda"), 0)
+
+
+def test_cuda_needs_as_many_gpus_as_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(TrainerError, match=r"devices_per_node = 4, .* shows 2 GPUs"):
+        device.select(settings_of(device="cuda", devices_per_node=4), 2)
+
+
+def test_cpu_says_that_bf16_is_slow_where_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for has_units, dtype, rank, warned in (
+        (False, "bf16", 0, True),
+        (False, "bf16", 1, False),
+        (False, "fp32", 0, False),
+        (True, "bf16", 0, False),
+    ):
+        monkeypatch.setattr(device, "_has_bf16_units", lambda has_units=has_units: has_units)
+        device.select(settings_of(device="cpu", dtype=dtype), rank)
+        assert ("HL_DTYPE=fp32" in capsys.readouterr().out) is warned
+
+
+def test_gaudis_own_adamw_is_for_the_device_alone() -> None:
+    hpu = device.Hpu.__new__(device.Hpu)
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(2))]}]
+    assert type(hpu.adamw(groups, on_host=True, lr=0.1)) is torch.optim.AdamW
+    with pytest.raises(ModuleNotFoundError, match="habana_frameworks"):
+        hpu.adamw(groups, on_host=False, lr=0.1)
+
+
+def test_gaudi_compiles_for_few_shapes() -> None:
+    multiple = device.Hpu.pad_to
+    config = rollout.sampling(settings_of(), None, [2], 0, device.Hpu.__new__(device.Hpu)).config
+    shapes = set()
+    for prompt in range(1, 257, 5):
+        for answer in range(1, 257, 5):
+            _, mask = reading.pad_left([[5] * prompt], 0, multiple)
+            sequences = torch.full((1, mask.shape[1] + answer), 5)
+            made = rollout.from_sequences(sequences, mask, config, multiple)
+            assert made.lengths.tolist() == [answer]
+            shapes.add((mask.shape[1], made.answer_width))
+    assert len(shapes) == 4
+
+
+@pytest.mark.slow
+def test_lazy_mode_with_graphs_end_to_end(demo_models: Path, tmp_path: Path) -> None:
+    """With LoRA, where generate calls a module below peft's wrapper."""
+    lora = {"lora__dim": 4, "lora__actor_lr": 1e-2, "mbs": 4, **GENTLE}
+    prepare(tmp_path / "hpu", demo_models, device="hpu", hpu__lazy_mode=1, run_steps=2, **lora)
+    run, calls = on_gaudi(tmp_path / "hpu", GAUDI)
+    assert run.codes == [0], run.output
+    assert_as_on_cpu(run, tmp_path / "cpu", demo_models, lora)
+
+    assert calls[0] == "load lazy=True", "the mode was set before the bridge was loaded"
+    count = Counter(calls)
+    assert count["hccl rank 0 of 1"] >= 1
+    assert count["FusedAdamW lr=0.001 betas=(0.9, 0.95) eps=0.01"] == 2
+    assert count["synchronize"] == 6, "three clocked parts of two steps"
+    # Per step: after the rollout, then two micro batches each for the reference, for actor and
+    # critic, for the reward model, and for the update of each trained one. And one to check the
+    # first rollout with.
+    assert count["mark_step"] == 2 * (1 + 2 + 2 + 2 + 2 * 2) + 1
+    assert run.metrics[0]["peak_memory_bytes"] == 3 << 30
+    # One graph per rollout; what comes between its making and its end is generation only.
+    parts = [call for call in calls if call.startswith(("wrap", "clear", "mark", "graph"))]
+    inside = False
+    for call in parts:
+        if call.startswith("wrap"):
+            assert call == "wrap_in_hpu_graph LlamaForCausalLM"
+            inside = True
+        elif call == "clear_cache":
+            inside = False
+        else:
+            assert inside is (call == "graph forward")
+    assert count["wrap_in_hpu_graph LlamaForCausalLM"] == count["clear_cache"] == 2
+    assert count["graph forward"] > 2 * 10, "every token of a rollout"
+
+
+@pytest.mark.slow
+def test_eager_mode_end_to_end(demo_models: Path, tmp_path: Path) -> None:
+    changes = {"mbs": 4, "actor__zero_stage": 2, "critic__zero_stage": 0, **GENTLE}
+    prepare(tmp_path / "hpu", demo_models, device="hpu", run_steps=2, **changes)
+    run, calls = on_gaudi(tmp_path / "hpu", GAUDI)
+    assert run.codes == [0], run.output
+    assert_as_on_cpu(run, tmp_path / "cpu", demo_models, changes)
+    assert calls[0] == "load lazy=False"
+    kinds = {call.split()[0] for call in calls}
+    expected = {"load", "hccl", "manual_seed", "FusedAdamW", "synchronize"}
+    assert kinds == expected, "no mark_step, no graphs"
+
+
+def assert_as_on_cpu(run: Run, directory: Path, models: Path, changes: dict[str, Any]) -> None:
+    """Padded widths and a static cache change nothing in what is computed."""
+    prepare(directory, models, run_steps=2, **changes)
+    expected = train(directory)
+    assert expected.codes == [0], expected.output
+    for step, other in zip(run.metrics, expected.metrics, strict=True):
+        for name in ("reward", "kl", "length", "value", "return", "critic_loss"):
+            assert step[name] == pytest.approx(other[name], rel=1e-3, abs=1e-4), name
+
+
+@pytest.mark.slow
+def test_the_hybrid_engine_is_tried_where_there_are_kernels(
+    demo_models: Path, tmp_path: Path
+) -> None:
+    """DeepSpeed has some for Gaudi; on what they run into here, the run stops."""
+    prepare(tmp_path, demo_models, device="hpu", hybrid_engine=1, mbs=4)
+    run, _ = on_gaudi(tmp_path, GAUDI)
+    assert run.codes == [1]
+    assert "DeepSpeed's hybrid engine cannot generate" in run.output[0]
+    assert "set HL_HYBRID_ENGINE=0" in run.output[0]
+
+
+@pytest.mark.slow
+def test_optimum_is_used_where_it_is(demo_models: Path, tmp_path: Path) -> None:
+    prepare(tmp_path, demo_models, device="hpu", hpu__lazy_mode=1, run_steps=1)
+    run, calls = on_gaudi(tmp_path, GAUDI, OPTIMUM)
+    assert run.codes == [0], run.output
+    assert calls.count("adapt_transformers_to_gaudi") == 1
+    (generate,) = [call for call in calls if call.startswith("generate ")]
+    assert generate == "generate lazy_mode=True hpu_graphs=True stops=True cache=None"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("lazy", "environ", "words"),
+    [
+        (1, {"PT_HPU_LAZY_MODE": "0"}, "loaded in eager mode; start .* with PT_HPU_LAZY_MODE=1"),
+        (0, {"PT_HPU_LAZY_MODE": "1"}, "loaded in lazy mode; start .* with PT_HPU_LAZY_MODE=0"),
+        (0, {"STAND_IN_DEVICES": "0"}, "sees no device on this node"),
+    ],
+)
+def test_a_gaudi_node_that_does_not_fit_is_one_clear_error(
+    lazy: int, environ: dict[str, str], words: str, demo_models: Path, tmp_path: Path
+) -> None:
+    prepare(tmp_path, demo_models, device="hpu", hpu__lazy_mode=lazy)
+    run, _ = on_gaudi(tmp_path, GAUDI, **environ)
+    assert run.codes == [1]
+    (line,) = run.output[0].splitlines()
+    assert line.startswith("error: ")
+    assert words.partition(" .* ")[0] in line
+    assert words.partition(" .* ")[2] in line
+
+
+GRAPHS = """
+import sys
+import torch
+from hlrlhf.settings import layers
+from hlrlhf.trainer import device
+
+flags = [f"{name}=x" for name in
+         ("tag", "base_out_path", "actor.model_path", "critic.model_path", "dataset.path")]
+flags += ["device=hpu", *sys.argv[1:]]
+hpu = device.select(layers.resolve(environ={}, flags=flags).settings, 0)
+model = torch.nn.Linear(2, 2).eval()
+plain = model.forward
+try:
+    with hpu.generating(model) as arguments:
+        print(arguments, model.forward == plain)
+        model(torch.zeros(1, 2, device=hpu.torch))
+        raise KeyError
+except KeyError:
+    print(model.forward == plain)
+model.train()(torch.zeros(1, 2, device=hpu.torch)).sum().backward()
+"""
+
+
+@pytest.mark.knob("enable_hpu_graphs", "hpu.lazy_mode")
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "in_graph"),
+    [
+        (["hpu.lazy_mode=1"], True),
+        (["hpu.lazy_mode=1", "enable_hpu_graphs=0"], False),
+        (["hpu.lazy_mode=0"], False),
+    ],
+)
+def test_graphs_are_for_generation_in_lazy_mode(
+    flags: list[str], in_graph: bool, tmp_path: Path
+) -> None:
+    environ = environment(GAUDI, STAND_IN_CALLS=str(tmp_path / "calls"))
+    command = [sys.executable, "-c", GRAPHS, *flags]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [f"{{}} {not in_graph}", "True"]
+    calls = (tmp_path / "calls").read_text().splitlines()[1:]
+    assert calls == (
+        ["wrap_in_hpu_graph Linear", "graph forward", "clear_cache"] if in_graph else []
+    )

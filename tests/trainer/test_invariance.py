@@ -1,0 +1,138 @@
+"""What must not change the gradient: how the same rows are laid out and computed.
+
+AdamW with an epsilon far above all gradients is gradient descent, so weights move by a constant
+times the gradient, through the whole engine. `pytest -rP tests/test_invariance.py` prints what was
+measured; tests/test_trainer.py has the same for whole runs on one and two ranks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from tiny import PAD, one_rank  # noqa: F401
+from torch.nn.functional import pad
+from updates import TEXTS, made
+
+from hlrlhf.trainer.data import reading
+from hlrlhf.trainer.data.rows import Rows
+from hlrlhf.trainer.models import engine, loading
+from hlrlhf.trainer.ppo.experience import Experience
+from hlrlhf.trainer.ppo.pretraining import Mix
+from hlrlhf.trainer.ppo.update import update
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+# Of each model's gradient, relative to its norm, and of each loss: in fp32 a hundred operations on
+# either side, each off by up to 2^-24, make 1.2e-5, and the gradient's cancellations and the weight
+# that it is read from some more.
+TOLERANCE = 5e-5
+
+
+def padded_more(left: int, right: int) -> Any:
+    """More columns of padding on either side; what stands there is no number where that can be."""
+
+    def change(found: Experience) -> Experience:
+        values: dict[str, Any] = {"scores": found.scores}
+        for name in ("sequences", "attention_mask"):
+            fill = PAD if name == "sequences" else 0
+            values[name] = pad(getattr(found, name), (left, right), value=fill)
+        for name in ("logprobs", "values", "reference", "advantages", "returns"):
+            values[name] = pad(getattr(found, name), (0, right), value=float("nan"))
+        values["answer_mask"] = pad(found.answer_mask, (0, right), value=False)
+        return Experience(**values)
+
+    return change
+
+
+def reordered(found: Experience) -> Experience:
+    order = torch.tensor([2, 0, 3, 1])
+    return Experience(**{f.name: getattr(found, f.name)[order] for f in dataclasses.fields(found)})
+
+
+def with_rows_without_answer(found: Experience) -> Experience:
+    """As many rows again, with prompts alone: all mask."""
+    values = {f.name: getattr(found, f.name) for f in dataclasses.fields(found)}
+    doubled = {name: torch.cat([value, value]) for name, value in values.items()}
+    doubled["answer_mask"][len(found.scores) :] = False
+    return Experience(**doubled)
+
+
+def measured(
+    folder: Path, architecture: str, change: Any, *flags: str
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Losses, and by how much each model's weights move, as one vector for each."""
+    settings = tiny.settings(
+        "mbs=4",
+        "num_warmup_steps=0",
+        "optimizer.lr_scheduler=constant",
+        "optimizer.gradient_clipping=0",
+        "optimizer.epsilon=1e6",
+        "actor.learning_rate=1e5",
+        "critic.learning_rate=1e5",
+        "pretraining.path=/texts",
+        "pretraining.max_tokens=4",
+        "pretraining.coefficient=0.3",
+        *flags,
+    )
+    cpu = tiny.cpu(settings)
+    actor = loading.load_policy(
+        str(tiny.save_policy(folder / "a", architecture)), "fp32", 0.0, settings.ppo.logprob_chunk
+    )
+    critic = loading.load_scorer(str(tiny.save_classifier(folder / "c", architecture)), "fp32", 0.0)
+    trained = []
+    for model, own in ((actor, settings.actor), (critic, settings.critic)):
+        if own.cp_act:
+            model.inner.gradient_checkpointing_enable({"use_reentrant": False})
+        trained.append(engine.trained(model, own, settings, cpu, updates=10))
+    before = [engine.whole_weights(model) for model in trained]
+    mix = Mix(reading.Prompts(Rows.of(TEXTS), seed=1), settings, cpu)
+    told, whole = update(change(made(settings)), *trained, mix, settings, cpu)
+    assert whole
+    moved = {}
+    for role, model, start in zip(("actor", "critic"), trained, before, strict=True):
+        weights = engine.whole_weights(model)
+        moved[role] = torch.cat([(weights[name] - start[name]).flatten() for name in start])
+    return {name: float(total / weight) for name, (total, weight) in told.items()}, moved
+
+
+def same(found: Experience) -> Experience:
+    return found
+
+
+CASES = {
+    "micro batches of 1": (same, ["mbs=1"]),
+    "micro batches of 2": (same, ["mbs=2"]),
+    "ZeRO 1": (same, ["actor.zero_stage=1", "critic.zero_stage=1"]),
+    "ZeRO 2": (same, ["actor.zero_stage=2", "critic.zero_stage=2"]),
+    "ZeRO 3": (same, ["actor.zero_stage=3", "critic.zero_stage=3"]),
+    "7 columns more on the left": (padded_more(7, 0), []),
+    "5 columns more on the right": (padded_more(0, 5), []),
+    "another order of rows": (reordered, []),
+    "rows without an answer": (with_rows_without_answer, ["mbs=8", "gbs=8"]),
+    "activation checkpointing": (same, ["actor.cp_act=1", "critic.cp_act=1"]),
+    "log-probs in chunks of 2": (same, ["ppo.logprob_chunk=2"]),
+}
+
+
+@pytest.mark.knob("actor.cp_act", "critic.cp_act", "actor.zero_stage", "critic.zero_stage")
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+@pytest.mark.parametrize("case", CASES)
+def test_the_gradient_does_not_change_with(tmp_path: Path, case: str, architecture: str) -> None:
+    change, flags = CASES[case]
+    expected_losses, expected = measured(tmp_path, architecture, same)
+
+    losses, moved = measured(tmp_path, architecture, change, *flags)
+
+    differences = [
+        float((moved[role] - expected[role]).norm() / expected[role].norm()) for role in expected
+    ]
+    differences += [
+        abs(losses[name] - value) / abs(value) for name, value in expected_losses.items() if value
+    ]
+    print(f"{case}, {architecture}: {max(differences):.1e}")
+    assert max(differences) == pytest.approx(0, abs=TOLERANCE)
