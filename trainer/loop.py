@@ -114,37 +114,41 @@ def train(
     complete = True
     for step in range(total_steps):
         rates = measures.learning_rates(actor, critic)
-        # In turn, so that a part of each rank's rows is a part of the global batch's, in order.
+        # 1. Take the step's prompts: in turn, so that a part of each rank's rows is a part of the
+        # global batch's, in order.
         batch = prompts.batch(step, settings.gbs)[rank :: settings.world_size]
         asked = [prompts.ids[i] for i in batch]
         if step == 0:
             evaluated(0)
             began = time.perf_counter()
         clock = measures.Clock(device)
-        # The first shows whether generation is the policy's own; the one after the first update,
-        # whether kernels with copies of the weights have learnt of it.
+        # 2. Sample answers. The first show whether generation is the policy's own; those after the
+        # first update, whether kernels with copies of the weights have learnt of it.
         witness = Witness(settings) if step < 1 + settings.hybrid_engine else None
         with hybrid.generating(settings):
             rollout = rollouts.generate(actor, asked, sampling, device, witness)
         if witness is not None:
             agreement.check(witness, actor, rollout, sampling, settings, device)
         clock.lap("generate_seconds")
+        # 3. Score them: log-probs, values, rewards, advantages.
         experience = experiences.score(
             rollout, actor, critic, reference, rewards, settings, device, kl.coefficient
         )
         clock.lap("score_seconds")
+        # 4. Update actor and critic, unless a number is not finite.
         totals = measures.totals(rollout, experience) | rewards.totals()
-        if whole := guard.usable(experience):
-            told, whole = update(experience, actor, critic, mix, settings, device, average)
-            totals |= told
-        guard.judge(step + 1, whole, experience)
+        if applied := guard.usable(experience):
+            stats, applied = update(experience, actor, critic, mix, settings, device, average)
+            totals |= stats
+        guard.judge(step + 1, applied, experience)
         clock.lap("update_seconds")
 
+        # 5. Measure, evaluate, record.
         values = means(totals) | rates | measures.gradient_norms(actor, critic)
         values["explained_variance"] = measures.explained_variance(experience)
         values["skipped_steps"] = guard.skipped
         values["kl_coefficient"] = kl.coefficient
-        if whole:
+        if applied:
             kl.update(values["kl"], settings.gbs)
         if found := evaluated(step + 1):
             values |= found
@@ -162,6 +166,7 @@ def train(
             interval = settings.print_answers_interval
             aloud = interval > 0 and (step + 1) % interval == 0
             recorder.samples(measures.samples(rollout, experience, tokenizer), aloud=aloud)
+        # 6. Stop after a warning, or save and go on.
         if step + 1 < total_steps and ranks.agreed(warnings() > 0, device):
             complete = False
             break

@@ -47,19 +47,19 @@ class Guard:
         finite = per_token.isfinite().all() & experience.scores.isfinite().all()
         return not agreed(not bool(finite), self._device)
 
-    def judge(self, step: int, whole: bool, experience: Experience) -> None:
+    def judge(self, step: int, applied: bool, experience: Experience) -> None:
         """Count a step; all ranks have to call it, with one opinion.
 
         Args:
             step: from 1.
-            whole: whether all of its update was applied.
+            applied: whether all of its update was.
             experience: this rank's, which is written to disk for study when the run stops here.
 
         Raises:
             TrainerError: too many steps in a row were skipped.
         """
-        self._in_a_row = 0 if whole else self._in_a_row + 1
-        self.skipped += not whole
+        self._in_a_row = 0 if applied else self._in_a_row + 1
+        self.skipped += not applied
         if self._in_a_row < self._limits.max_skipped:
             return
         folder = self._attempt.run.directory / "skipped"

@@ -45,7 +45,7 @@ def update(
     policy = torch.zeros(4, device=device.torch)
     values = torch.zeros((), device=device.torch)
     texts = torch.zeros(2, device=device.torch)
-    whole = True
+    applied = True
     for _ in range(settings.ppo.epochs):
         for minibatch in experience.split(len(experience.scores) // settings.ppo.minibatches):
             # Each token of the minibatch counts the same, however its rows are spread over micro
@@ -54,19 +54,19 @@ def update(
             # One model after the other, so that the gradients of one at a time take up memory.
             for micro in minibatch.split(settings.mbs):
                 parts = _policy_loss(actor, micro, settings)
-                whole &= engine.descend(actor, parts.loss * share)
+                applied &= engine.descend(actor, parts.loss * share)
                 device.step_done()
                 policy += torch.stack(parts).detach()
                 if mix is not None:
                     loss, seen = mix.loss(actor)
-                    whole &= engine.descend(actor, loss)
+                    applied &= engine.descend(actor, loss)
                     device.step_done()
                     texts += seen
             if average is not None and actor.was_step_applied():
                 average.update()
             for micro in minibatch.split(settings.mbs):
                 loss = _value_loss(critic, micro, settings)
-                whole &= engine.descend(critic, loss * share)
+                applied &= engine.descend(critic, loss * share)
                 device.step_done()
                 values += loss.detach()
     tokens = experience.answer_mask.sum() * settings.ppo.epochs
@@ -75,7 +75,7 @@ def update(
     totals["critic_loss"] = (values, tokens)
     if mix is not None:
         totals["pretraining_loss"] = (texts[0], texts[1])
-    return totals, whole
+    return totals, applied
 
 
 def _policy_loss(actor: Any, micro: Experience, settings: Settings) -> formulas.PolicyLoss:
