@@ -15,6 +15,7 @@ import architectures
 import pytest
 import torch
 import torch.distributed as dist
+from mandatory import MANDATORY
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -101,12 +102,7 @@ def tokenizer(chat_template: str | None = None) -> Any:
 
 def settings(*flags: str) -> Settings:
     """Settings of one rank on the CPU; models and data are nowhere unless flags say so."""
-    base = {
-        "HL_TAG": "tiny",
-        "HL_BASE_OUT_PATH": "/nowhere",
-        "HL_ACTOR_MODEL_PATH": "/nowhere",
-        "HL_CRITIC_MODEL_PATH": "/nowhere",
-        "HL_DATASET_PATH": "/nowhere",
+    base = MANDATORY | {
         "HL_DEVICE": "cpu",
         "HL_DTYPE": "fp32",
         "HL_DEVICES_PER_NODE": "1",

@@ -8,18 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mandatory
 import pytest
 
 from hlrlhf import __version__
 from hlrlhf.cli.app import COMMANDS
 
-MANDATORY = {
-    "HL_TAG": "called",
-    "HL_BASE_OUT_PATH": "/runs",
-    "HL_ACTOR_MODEL_PATH": "/models/actor",
-    "HL_CRITIC_MODEL_PATH": "/models/critic",
-    "HL_DATASET_PATH": "/data",
-}
+MANDATORY = mandatory.MANDATORY
 
 
 def hlrlhf(
@@ -80,7 +75,7 @@ def test_render_prints_the_script_and_writes_nothing(tmp_path: Path) -> None:
     done = hlrlhf("render", "--preset", "llama2-7b", cwd=tmp_path, **environ)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("#!/bin/bash\n")
-    assert f"#SBATCH --chdir={tmp_path}/runs/called\n" in done.stdout
+    assert f"#SBATCH --chdir={tmp_path}/runs/first\n" in done.stdout
     assert not list(tmp_path.iterdir())
 
 

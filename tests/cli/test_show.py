@@ -7,19 +7,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+import mandatory
 import pytest
 import terminal
 
 from hlrlhf.cli import main
 from hlrlhf.settings.names import env_name, settings_by_name
 
-MANDATORY = {
-    "HL_TAG": "shown",
-    "HL_BASE_OUT_PATH": "/runs",
-    "HL_ACTOR_MODEL_PATH": "/models/actor",
-    "HL_CRITIC_MODEL_PATH": "/models/critic",
-    "HL_DATASET_PATH": "/data/a /data/b",
-}
+MANDATORY = mandatory.MANDATORY | {"HL_DATASET_PATH": "/data/a /data/b"}
 
 
 @pytest.fixture

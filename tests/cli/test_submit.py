@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from cluster import LEAVE, Cluster, until
+from mandatory import MANDATORY
 
 from hlrlhf import runs
 from hlrlhf.cli import main
@@ -29,15 +30,13 @@ RANK = 'echo "rank $RANK of $WORLD_SIZE, attempt $HLRLHF_ATTEMPT, $3"'
 @pytest.fixture
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The mandatory settings in the environment; the folder of the runs."""
-    for name, value in {
+    own = {
         "HL_TAG": "try",
         "HL_BASE_OUT_PATH": str(tmp_path / "runs"),
-        "HL_ACTOR_MODEL_PATH": "/models/actor",
-        "HL_CRITIC_MODEL_PATH": "/models/critic",
-        "HL_DATASET_PATH": "/data",
         "HL_DEVICES_PER_NODE": "2",
         "HL_ENVIRONMENT_PYTHON": str(rank(tmp_path)),
-    }.items():
+    }
+    for name, value in (MANDATORY | own).items():
         monkeypatch.setenv(name, value)
     return tmp_path / "runs"
 
@@ -92,7 +91,8 @@ def test_hints_are_words_beside_the_script(settings: Path) -> None:
     words = "hint: checkpoint_path = '/dev/shm/saved' (flag --set): nodes may not see it"
     assert words in hinted.stderr
     assert words not in plain.stderr
-    assert "hint: dataset.path = '/data' (environment HL_DATASET_PATH): not on this" in plain.stderr
+    missing = "hint: dataset.path = '/data/prompts' (environment HL_DATASET_PATH): not on this"
+    assert missing in plain.stderr
     assert hinted.stdout == plain.stdout
     assert json.loads(submit("--dry-run", "--json").stdout)["script"] == plain.stdout
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import mandatory
 import pytest
 from cluster import until
 
@@ -22,14 +23,7 @@ from hlrlhf.jobs.ports import PortTakenError, is_free, rendezvous_port
 from hlrlhf.settings import Resolved, SettingsError, resolve
 from hlrlhf.settings.layers import dump
 
-MANDATORY = {
-    "HL_TAG": "here",
-    "HL_ACTOR_MODEL_PATH": "/models/actor",
-    "HL_CRITIC_MODEL_PATH": "/models/critic",
-    "HL_DATASET_PATH": "/data",
-    "HL_DEVICE": "cpu",
-    "HL_DEVICES_PER_NODE": "2",
-}
+MANDATORY = mandatory.MANDATORY | {"HL_DEVICE": "cpu", "HL_DEVICES_PER_NODE": "2"}
 
 
 def settings(folder: Path, *flags: str) -> Resolved:

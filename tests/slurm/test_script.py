@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
+import mandatory
 import pytest
 from cluster import LEAVE, Cluster, until
 from hypothesis import HealthCheck, example, given
@@ -27,11 +28,8 @@ from hlrlhf.slurm import script
 
 GOLDEN = Path(__file__).parent / "golden"
 SHELLCHECK = Path(sys.executable).with_name("shellcheck")
-MANDATORY = {
+MANDATORY = mandatory.MANDATORY | {
     "HL_TAG": "golden",
-    "HL_BASE_OUT_PATH": "/runs",
-    "HL_ACTOR_MODEL_PATH": "/models/actor",
-    "HL_CRITIC_MODEL_PATH": "/models/critic",
     "HL_DATASET_PATH": "/data/one Hub/name",
 }
 IMAGES = {

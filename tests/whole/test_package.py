@@ -9,18 +9,13 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import mandatory
 import pytest
 
 from hlrlhf import __version__
 
 ROOT = Path(__file__).parents[2]
-MANDATORY = {
-    "HL_TAG": "first",
-    "HL_BASE_OUT_PATH": "runs",
-    "HL_ACTOR_MODEL_PATH": "/models/actor",
-    "HL_CRITIC_MODEL_PATH": "/models/critic",
-    "HL_DATASET_PATH": "/data/prompts",
-}
+MANDATORY = mandatory.MANDATORY | {"HL_BASE_OUT_PATH": "runs"}
 
 
 def run(*command: str | Path, cwd: Path, **environ: str) -> subprocess.CompletedProcess[str]:
