@@ -286,7 +286,7 @@ def test_what_the_config_names_may_be_on_the_hub(tmp_path: Path) -> None:
     shutil.copytree(base, cached / "snapshots" / ("0" * 40))
     program = (
         "import json, sys\n"
-        "from hlrlhf.trainer import tokenizers\n"
+        "from hlrlhf.trainer.models import tokenizers\n"
         "found = tokenizers.model_tokenizer(sys.argv[1], 'no remedy')\n"
         "print(json.dumps(found(json.loads(sys.argv[2]))['input_ids']))\n"
     )
