@@ -183,8 +183,7 @@ def _on_cluster(
             )
             state = replace(state, reason=reason)
         if run.is_deleted:
-            reason = "; ".join(part for part in (state.reason, _DELETED) if part)
-            state = replace(state, reason=reason)
+            state = _adding(state, _DELETED)
         yield state
 
 
@@ -241,8 +240,12 @@ def _told(state: State, outcome: Outcome | None) -> State:
             reason=outcome.why,
         )
     # Slurm ended the job, and says so; the run may have stopped well meanwhile.
-    reason = "; ".join(part for part in (state.reason, outcome.why) if part)
-    return replace(state, exit_code=outcome.code or None, reason=reason)
+    return replace(_adding(state, outcome.why), exit_code=outcome.code or None)
+
+
+def _adding(state: State, words: str) -> State:
+    """The state with more words to its reason; either may be empty."""
+    return replace(state, reason="; ".join(filter(None, (state.reason, words))))
 
 
 def _is_ours(job: Job, state: State | None) -> bool:

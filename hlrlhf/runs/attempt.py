@@ -129,8 +129,8 @@ class Attempt:
             RunError: the directory cannot be written.
             SupersededError: a later attempt of the same job has begun already.
         """
-        job, _, number = self._read_newest().partition(", attempt ")
-        if job == self.job and number.isdigit() and int(number) > self.number:
+        newest = self._newest_attempt()
+        if newest is not None and newest.job == self.job and newest.number > self.number:
             self.check()
         try:
             self.run.logs.mkdir(exist_ok=True)
@@ -160,9 +160,12 @@ class Attempt:
     def _may_run(self, job: Job) -> bool:
         if job.kind == "local":
             return self.run.is_held()
-        name, _, number = self._read_newest().partition(", attempt ")
-        ended = Attempt(self.run, name, int(number)).ended if number.isdigit() else None
-        return name == job.log_id and not (ended and ended.exists())
+        newest = self._newest_attempt()
+        return newest is not None and newest.job == job.log_id and not newest.ended.exists()
+
+    def _newest_attempt(self) -> Attempt | None:
+        job, _, number = self._read_newest().partition(", attempt ")
+        return Attempt(self.run, job, int(number)) if number.isdigit() else None
 
     def _read_newest(self) -> str:
         """The newest attempt; empty where it cannot be told, which is no reason to end a run."""
