@@ -24,6 +24,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from updates import made
 
 from hlrlhf.trainer import flops
+from hlrlhf.trainer.decoding.decoder import sampling
+from hlrlhf.trainer.decoding.plain import Plain
 from hlrlhf.trainer.errors import TrainerError
 from hlrlhf.trainer.models import dropout, engine, forwards, loading, lora
 from hlrlhf.trainer.ppo import rollout
@@ -225,9 +227,9 @@ def check_rollout(policy: forwards.Policy) -> None:
         return draw(probabilities, *arguments, **options)
 
     torch.manual_seed(0)
-    sampling = rollout.sampling(settings, None, [tiny.EOS], tiny.PAD, cpu)
+    decoder = Plain(sampling(settings, None, [tiny.EOS], tiny.PAD, cpu), cpu)
     with mock.patch.object(torch, "multinomial", recorded):
-        found = rollout.generate(tiny.Engine(policy), [row[:-1] for row in ROWS], sampling, cpu)
+        found = rollout.generate(decoder, tiny.Engine(policy), [row[:-1] for row in ROWS])
     policy.eval()
     logprobs = policy(found.sequences, found.attention_mask, found.answer_width, 0.7)
     answers = found.sequences[:, -found.answer_width :]

@@ -24,7 +24,7 @@ MAY_KNOW = {
     "trainer.models": {"settings", "trainer.formulas", "trainer.device"},
     "trainer.flops": {"trainer.models"},
     "trainer.lengths": {"settings", "trainer.data", "trainer.models"},
-    "trainer.decoding": {"settings", "trainer.models"},
+    "trainer.decoding": {"settings", "trainer.models", "trainer.data", "trainer.device"},
 }
 LOW = {"settings", "runs", "trainer.formulas", "trainer.device", "trainer.ranks"}
 MAY_KNOW["trainer.ppo"] = LOW | {

@@ -15,7 +15,7 @@ from hlrlhf.settings import Settings
 from hlrlhf.settings.schema import Actor, Critic
 from hlrlhf.trainer import flops, formulas, lengths, measures, paths, ranks
 from hlrlhf.trainer.data import reading
-from hlrlhf.trainer.decoding import hybrid
+from hlrlhf.trainer.decoding import choice, hybrid
 from hlrlhf.trainer.device import Device
 from hlrlhf.trainer.errors import TrainerError
 from hlrlhf.trainer.metrics import Recorder, means
@@ -70,9 +70,7 @@ def train(
     updates = total_steps * settings.ppo.epochs * settings.ppo.minibatches
     actor, critic, reference, rewards = _load(settings, tokenizer, device, updates)
     average = ema.Average(actor, settings.ema.decay) if settings.ema.enabled else None
-    end_tokens = tokenizers.end_tokens(actor.module, tokenizer)
-    padding = end_tokens[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    sampling = rollouts.sampling(settings, tokenizer, end_tokens, padding, device)
+    decoder = choice.decoder(settings, actor.module, tokenizer, device)
     # From here on the ranks must differ: the same seed would sample the same answers.
     device.seed(settings.seed + rank)
 
@@ -97,7 +95,7 @@ def train(
     )
     guard = Guard(settings, attempt, device)
     costs = (flops.cost(actor.module), flops.cost(critic.module), rewards.cost)
-    evaluation = Evaluation(prompts.held_out, sampling, settings, device)
+    evaluation = Evaluation(prompts.held_out, decoder, settings, device)
 
     def evaluated(step: int) -> dict[str, float]:
         """The numbers of an evaluation after so many steps; none where none is due."""
@@ -125,10 +123,9 @@ def train(
         # 2. Sample answers. The first show whether generation is the policy's own; those after the
         # first update, whether kernels with copies of the weights have learnt of it.
         witness = Witness(settings) if step < 1 + settings.hybrid_engine else None
-        with hybrid.generating(settings):
-            rollout = rollouts.generate(actor, asked, sampling, device, witness)
+        rollout = rollouts.generate(decoder, actor, asked, witness)
         if witness is not None:
-            agreement.check(witness, actor, rollout, sampling, settings, device)
+            agreement.check(witness, actor, rollout, settings, device)
         clock.lap("generate_seconds")
         # 3. Score them: log-probs, values, rewards, advantages.
         experience = experiences.score(

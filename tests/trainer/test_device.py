@@ -17,6 +17,7 @@ from ranks import Run, prepare, train, variables
 from hlrlhf.settings import Settings, layers
 from hlrlhf.trainer import device
 from hlrlhf.trainer.data import reading
+from hlrlhf.trainer.decoding.decoder import sampling
 from hlrlhf.trainer.errors import TrainerError
 from hlrlhf.trainer.ppo import rollout
 
@@ -114,7 +115,7 @@ def test_gaudis_own_adamw_is_for_the_device_alone() -> None:
 
 def test_gaudi_compiles_for_few_shapes() -> None:
     multiple = device.Hpu.pad_to
-    config = rollout.sampling(settings_of(), None, [2], 0, device.Hpu.__new__(device.Hpu)).config
+    config = sampling(settings_of(), None, [2], 0, device.Hpu.__new__(device.Hpu)).config
     shapes = set()
     for prompt in range(1, 257, 5):
         for answer in range(1, 257, 5):

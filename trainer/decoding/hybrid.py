@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import deepspeed
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hlrlhf.settings import Settings
+from hlrlhf.trainer.decoding.decoder import Decoded, Witness
+from hlrlhf.trainer.decoding.plain import Plain
 from hlrlhf.trainer.errors import TrainerError
 from hlrlhf.trainer.models.loading import UNREADABLE
 
@@ -30,17 +32,26 @@ def check(settings: Settings) -> None:
         raise TrainerError(f"hybrid_engine = true, but {lacking}; {OFF}")
 
 
-@contextmanager
-def generating(settings: Settings) -> Iterator[None]:
-    """Say whose kernels failed, when something fails inside."""
-    try:
-        yield
-    except Exception as error:  # whatever kernels that do not fit the model run into
-        if not settings.hybrid_engine:
-            raise
-        raise TrainerError(
-            f"DeepSpeed's hybrid engine cannot generate: {error!r}; {OFF}"
-        ) from error
+class Hybrid(Plain):
+    """A `Decoder`: ``generate`` through the kernels that DeepSpeed's engine puts into the policy.
+
+    The reference of an evaluation has none, and is sampled from as it is.
+    """
+
+    def __call__(
+        self, policy: Any, prompts: Sequence[list[int]], witness: Witness | None = None
+    ) -> Decoded:
+        """Sample one answer to each prompt.
+
+        Raises:
+            TrainerError: the kernels cannot be used.
+        """
+        try:
+            return super().__call__(policy, prompts, witness)
+        except Exception as error:  # whatever kernels that do not fit the model run into
+            raise TrainerError(
+                f"DeepSpeed's hybrid engine cannot generate: {error!r}; {OFF}"
+            ) from error
 
 
 def _kernels_lack(device: str) -> str | None:

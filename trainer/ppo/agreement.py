@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
 
 from hlrlhf.settings import Settings
 from hlrlhf.trainer.device import Device
 from hlrlhf.trainer.errors import TrainerError
-from hlrlhf.trainer.ppo.rollout import Rollout, Sampling
+from hlrlhf.trainer.ppo.rollout import Rollout
 from hlrlhf.trainer.ranks import summed
 
 # Nats per token, on average. bf16 has 8 bits: a logit near 30 is rounded by up to a sixteenth, on
@@ -25,21 +24,17 @@ MARGINS = {"bf16": 0.2, "fp32": 0.01}
 ROWS, TOKENS = 4, 32
 
 
-class Witness(LogitsProcessor):  # type: ignore[misc]
-    """Keeps the logits that the first tokens of a rollout's first rows are sampled from.
-
-    One of `rollout.generate`'s logits processors, which come before temperature and truncation.
-    """
+class Witness:
+    """Keeps the logits that the first tokens of a rollout's first rows are sampled from."""
 
     def __init__(self, settings: Settings) -> None:
         self._rows = min(ROWS, settings.mbs)
         self._logits: list[Tensor] = []
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """`scores` [b, v], as they are."""
+    def __call__(self, logits: Tensor) -> None:
+        """Take in the logits [b, v] of the next token, before temperature and truncation."""
         if len(self._logits) < TOKENS:
-            self._logits.append(scores[: self._rows].detach().cpu())
-        return scores
+            self._logits.append(logits[: self._rows].detach().cpu())
 
     def logprobs(self, rollout: Rollout, temperature: float) -> Tensor:
         """Of the tokens that were sampled, [rows, tokens] in fp32 and on the CPU."""
@@ -52,12 +47,7 @@ class Witness(LogitsProcessor):  # type: ignore[misc]
 
 @torch.no_grad()
 def check(
-    witness: Witness,
-    actor: Any,
-    rollout: Rollout,
-    sampling: Sampling,
-    settings: Settings,
-    device: Device,
+    witness: Witness, actor: Any, rollout: Rollout, settings: Settings, device: Device
 ) -> None:
     """Stop when a rollout was sampled from another distribution than scoring finds.
 
@@ -67,9 +57,6 @@ def check(
         witness: of the rollout.
         actor: the engine around the policy.
         rollout: this rank's.
-        sampling: how its answers were sampled.
-        settings: all of them.
-        device: the rank's.
 
     Raises:
         TrainerError: on all ranks, when log-probs are apart by more than `MARGINS` on average.
@@ -85,7 +72,7 @@ def check(
     device.step_done()
     counted = rollout.answer_mask[:rows, :tokens].cpu().clone()
     # Before the shortest answer is reached, ends are taken out of what is sampled from.
-    counted[:, : sampling.config.min_new_tokens or 0] = False
+    counted[:, : settings.generation.min_new_tokens] = False
     apart = torch.where(counted, (sampled - scored).abs(), 0)
     total, count = summed(torch.stack([apart.sum(), counted.sum()]).to(device.torch)).tolist()
     # A temperature below 1 stretches logits, and their roundings too.

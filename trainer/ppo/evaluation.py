@@ -17,11 +17,12 @@ from torch import Tensor
 
 from hlrlhf.settings import Settings
 from hlrlhf.trainer.data.rows import Rows
+from hlrlhf.trainer.decoding.decoder import Decoder
 from hlrlhf.trainer.device import Device
 from hlrlhf.trainer.models.frozen import Copy
 from hlrlhf.trainer.ppo import rollout as rollouts
 from hlrlhf.trainer.ppo.experience import answer_logprobs
-from hlrlhf.trainer.ppo.rollout import Rollout, Sampling
+from hlrlhf.trainer.ppo.rollout import Rollout
 from hlrlhf.trainer.ranks import summed
 
 
@@ -52,14 +53,12 @@ class Evaluation:
 
     Args:
         prompts: token ids, the same on every rank; there are some if there is an interval.
-        sampling: that of the run.
-        settings: all of them.
-        device: the rank's.
+        decoder: that of the run.
     """
 
-    def __init__(self, prompts: Rows, sampling: Sampling, settings: Settings, device: Device):
+    def __init__(self, prompts: Rows, decoder: Decoder, settings: Settings, device: Device):
         self._prompts = prompts
-        self._sampling = sampling
+        self._decoder = decoder
         self._settings = settings
         self._device = device
         self._reference: Answers | None = None
@@ -98,7 +97,7 @@ class Evaluation:
             "evaluation_reference_reward": self._reference.scores.mean().item(),
             "evaluation_reference_length": self._reference.length,
         }
-        decode = self._sampling.tokenizer.decode
+        decode = self._decoder.sampling.tokenizer.decode
         records = [
             {
                 "prompt": decode(prompt),
@@ -125,7 +124,7 @@ class Evaluation:
             for begin in range(0, share, settings.per_device_batch_size):
                 batch = rows[begin : begin + settings.per_device_batch_size]
                 asked = [self._prompts[row % len(self._prompts)] for row in batch]
-                rollout = rollouts.generate(actor, asked, self._sampling, device)
+                rollout = rollouts.generate(self._decoder, actor, asked)
                 kl = self._kl(rollout, actor, reference)
                 columns = (scores(rollout), kl, rollout.ended, rollout.lengths)
                 results = torch.stack([column.float() for column in columns], dim=1)

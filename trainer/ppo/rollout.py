@@ -1,11 +1,8 @@
-"""Prompts → sequences: the actor answers a whole per-device batch at once.
-
-Weights do not change inside a batch, so generating micro batch by micro batch would give the same
-samples at a fraction of the speed.
-"""
+"""Prompts → sequences, with masks that say what of them is an answer."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,19 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    StoppingCriteriaList,
-)
+from transformers import GenerationConfig
 
-from hlrlhf.settings import Settings
-from hlrlhf.trainer.data import reading
-from hlrlhf.trainer.decoding.stopping import StopStrings
-from hlrlhf.trainer.device import Device
-from hlrlhf.trainer.models import forwards
-from hlrlhf.trainer.models.engine import gathered
+from hlrlhf.trainer.decoding.decoder import Decoder, Witness
 
 
 @dataclass(frozen=True)
@@ -57,92 +44,25 @@ class Rollout:
         return self.answer_mask.sum(-1)
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How answers are sampled, complete: nothing is left to a checkpoint's own defaults.
-
-    A checkpoint's generation_config.json may ask for greedy decoding, a low temperature or a
-    repetition penalty; PPO needs samples of the policy itself.
-
-    Attributes:
-        config: for transformers' ``generate``.
-        stop: texts that end an answer.
-        tokenizer: what they are found with.
-    """
-
-    config: GenerationConfig
-    stop: list[str]
-    tokenizer: Any
-
-
-def sampling(
-    settings: Settings, tokenizer: Any, end_tokens: list[int], padding: int, device: Device
-) -> Sampling:
-    """How a run samples its answers."""
-    # Left alone, transformers compiles the model on some devices when the cache is static.
-    static = {"cache_implementation": "static", "disable_compile": True}
-    config = GenerationConfig(
-        do_sample=True,
-        temperature=settings.generation.temperature,
-        top_p=settings.generation.top_p,
-        top_k=settings.generation.top_k,
-        min_new_tokens=settings.generation.min_new_tokens or None,
-        max_new_tokens=settings.generation.max_new_tokens,
-        eos_token_id=end_tokens,
-        pad_token_id=padding,
-        use_cache=True,
-        **(static if device.static_cache else {}),
-    )
-    return Sampling(config, settings.generation.stop, tokenizer)
-
-
-@torch.no_grad()
 def generate(
-    actor: Any,
-    prompts: list[list[int]],
-    sampling: Sampling,
-    device: Device,
-    witness: LogitsProcessor | None = None,
+    decoder: Decoder, policy: Any, prompts: Sequence[list[int]], witness: Witness | None = None
 ) -> Rollout:
-    """Sample one answer to each prompt.
+    """Sample one answer to each prompt; all ranks have to call it.
 
     Args:
-        actor: the engine around the policy.
+        decoder: what samples.
+        policy: an engine around a `forwards.Policy`, or see `frozen`.
         prompts: token ids, this rank's.
-        sampling: how.
-        device: the rank's.
-        witness: sees the logits [b, v] of every token before temperature and truncation.
+        witness: see `decoder.Decoder`.
     """
-    config = sampling.config
-    ids, mask = reading.pad_left(prompts, config.pad_token_id, device.pad_to)
-    stops = None
-    if sampling.stop:
-        stops = StopStrings(
-            sampling.stop, sampling.tokenizer, ids.shape[1], config.min_new_tokens or 0
-        )
-    policy = actor.module
-    # Through the engines: the hybrid engine puts its inference kernels in for eval() and takes them
-    # out for train(); all scoring is done without them.
-    actor.eval()
-    # generate() fills what a call leaves unset from the configuration of the model itself, which
-    # peft's wrapper hides.
-    plain = forwards.unwrapped(policy.lm)
-    plain.generation_config = config
-    with gathered(actor), device.generating(plain) as extra:
-        sequences = policy.generate(
-            input_ids=ids.to(device.torch),
-            attention_mask=mask.to(device.torch),
-            generation_config=config,
-            logits_processor=LogitsProcessorList([witness] if witness else []),
-            stopping_criteria=StoppingCriteriaList([stops] if stops else []),
-            **extra,
-        )
-    actor.train()
-    device.step_done()
-    if policy.logprob_chunk and actor.zero_optimization_stage() == 3:
-        sequences = _as_long_as_any(sequences, ids.shape[1], config.pad_token_id)
-    ends = torch.tensor(stops.ends, device=device.torch) if stops else None
-    return from_sequences(sequences, mask.to(device.torch), config, device.pad_to, ends)
+    decoded = decoder(policy, prompts, witness)
+    sampling, sequences = decoder.sampling, decoded.sequences
+    if policy.module.logprob_chunk and policy.zero_optimization_stage() == 3:
+        width = decoded.prompt_mask.shape[1]
+        sequences = _as_long_as_any(sequences, width, sampling.config.pad_token_id)
+    return from_sequences(
+        sequences, decoded.prompt_mask, sampling.config, sampling.multiple, decoded.ends
+    )
 
 
 def _as_long_as_any(sequences: Tensor, prompt_width: int, padding: int) -> Tensor:

@@ -21,8 +21,11 @@ from transformers import Qwen2Config
 from hlrlhf.settings.layers import load
 from hlrlhf.trainer import loop
 from hlrlhf.trainer.decoding import hybrid
+from hlrlhf.trainer.decoding.decoder import Sampling
+from hlrlhf.trainer.decoding.hybrid import Hybrid
+from hlrlhf.trainer.decoding.plain import Plain
 from hlrlhf.trainer.errors import TrainerError
-from hlrlhf.trainer.models import engine
+from hlrlhf.trainer.models import engine, loading
 
 
 def asked(path: Path | str = "/nowhere") -> Any:
@@ -75,14 +78,20 @@ def test_a_model_that_is_not_there() -> None:
 
 
 @pytest.mark.usefixtures("one_rank")
-def test_kernels_that_fail_are_told_as_such() -> None:
-    with (
-        pytest.raises(TrainerError, match=r"cannot generate: .*shapes differ.*HL_HYBRID_ENGINE=0"),
-        hybrid.generating(asked()),
-    ):
+def test_kernels_that_fail_are_told_as_such(tmp_path: Path) -> None:
+    def failing(logits: Any, hidden: Any) -> Any:
         raise RuntimeError("shapes differ")
-    with pytest.raises(RuntimeError, match="shapes differ"), hybrid.generating(tiny.settings()):
-        raise RuntimeError("shapes differ")
+
+    policy = loading.load_policy(str(tiny.save_policy(tmp_path, "llama")), "fp32", 0.0)
+    actor = tiny.Kernels(tiny.Engine(policy), failing)
+    words = {
+        Hybrid: r"hybrid engine cannot generate: .*shapes differ.*HL_HYBRID_ENGINE=0",
+        Plain: "^shapes differ$",
+    }
+    for decoder, expected in words.items():
+        sampling = Sampling(tiny.generation(max_new_tokens=2), [], tiny.tokenizer())
+        with pytest.raises(Exception, match=expected):
+            decoder(sampling, tiny.cpu(asked()))(actor, [[1, 5]])
 
 
 class StaleCopy:

@@ -14,6 +14,8 @@ import tiny
 import torch
 from tiny import EOS, one_rank  # noqa: F401
 
+from hlrlhf.trainer.decoding.decoder import Sampling
+from hlrlhf.trainer.decoding.plain import Plain
 from hlrlhf.trainer.models import engine, forwards, frozen, loading, lora
 from hlrlhf.trainer.ppo import experience, rollout, update
 from hlrlhf.trainer.ppo.rewards import Rewards
@@ -123,7 +125,7 @@ def says(model: Any) -> Any:
 
 def answers(model: Any, case: Case) -> list[list[int]]:
     config = tiny.generation(max_new_tokens=6, do_sample=False)
-    made = rollout.generate(model, PROMPTS, rollout.Sampling(config, [], None), case.device)
+    made = rollout.generate(Plain(Sampling(config, [], None), case.device), model, PROMPTS)
     return made.sequences.tolist()
 
 

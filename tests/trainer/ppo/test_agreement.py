@@ -12,6 +12,8 @@ from ranks import together
 from tiny import EOS, PAD, one_rank  # noqa: F401
 from transformers import AutoModelForCausalLM, GPTNeoConfig
 
+from hlrlhf.trainer.decoding.decoder import sampling
+from hlrlhf.trainer.decoding.plain import Plain
 from hlrlhf.trainer.errors import TrainerError
 from hlrlhf.trainer.models import loading, lora
 from hlrlhf.trainer.ppo import agreement, rollout
@@ -40,11 +42,11 @@ def checked(
         lora.add_adapters(policy, settings)
         torch.nn.init.normal_(dict(policy.named_parameters())[LORA_B], std=0.1)
     actor = tiny.Kernels(tiny.Engine(policy), kernel)
-    sampling = rollout.sampling(settings, None, [EOS], PAD, device)
+    decoder = Plain(sampling(settings, None, [EOS], PAD, device), device)
     witness = agreement.Witness(settings)
     torch.manual_seed(3)
-    made = rollout.generate(actor, PROMPTS, sampling, device, witness)
-    agreement.check(witness, actor, made, sampling, settings, device)
+    made = rollout.generate(decoder, actor, PROMPTS, witness)
+    agreement.check(witness, actor, made, settings, device)
 
 
 LORA_B = "lm.base_model.model.model.layers.0.mlp.down_proj.lora_B.default.weight"

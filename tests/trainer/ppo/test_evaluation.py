@@ -13,6 +13,8 @@ from ranks import Run, prepare, read_lines, train
 from tiny import EOS, PAD, one_rank  # noqa: F401
 
 from hlrlhf.trainer.data.rows import Rows
+from hlrlhf.trainer.decoding.decoder import sampling
+from hlrlhf.trainer.decoding.plain import Plain
 from hlrlhf.trainer.models import forwards, frozen, loading, lora
 from hlrlhf.trainer.ppo import rollout
 from hlrlhf.trainer.ppo.evaluation import Evaluation
@@ -31,8 +33,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 def evaluation(*flags: str, prompts: Any = PROMPTS) -> Evaluation:
     settings = tiny.settings(*FLAGS, *flags)
     device = tiny.cpu(settings)
-    sampling = rollout.sampling(settings, tiny.tokenizer(), [EOS], PAD, device)
-    return Evaluation(Rows.of(prompts), sampling, settings, device)
+    decoder = Plain(sampling(settings, tiny.tokenizer(), [EOS], PAD, device), device)
+    return Evaluation(Rows.of(prompts), decoder, settings, device)
 
 
 class Scores:

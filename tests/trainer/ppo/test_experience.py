@@ -16,6 +16,8 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
+from hlrlhf.trainer.decoding.decoder import sampling
+from hlrlhf.trainer.decoding.plain import Plain
 from hlrlhf.trainer.models import frozen, loading
 from hlrlhf.trainer.ppo import experience, rollout
 from hlrlhf.trainer.ppo.rewards import Rewards
@@ -149,8 +151,8 @@ def test_log_probs_are_those_of_the_distribution_that_was_sampled_from(
 
     actor.generate = generate
     torch.manual_seed(5)
-    sampling = rollout.sampling(settings, None, [EOS], PAD, device)
-    made = rollout.generate(tiny.Engine(actor), PROMPTS * 4, sampling, device)
+    decoder = Plain(sampling(settings, None, [EOS], PAD, device), device)
+    made = rollout.generate(decoder, tiny.Engine(actor), PROMPTS * 4)
     engines = (tiny.Engine(actor), tiny.Engine(critic))
     rewards = Rewards([(1.0, lambda rollout: torch.zeros(len(rollout.ended)))], settings)
     found = experience.score(made, *engines, reference, rewards, settings, device, 0.1)

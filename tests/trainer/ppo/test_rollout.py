@@ -18,6 +18,8 @@ from ranks import together
 from tiny import EOS, PAD
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from hlrlhf.trainer.decoding.decoder import sampling
+from hlrlhf.trainer.decoding.plain import Plain
 from hlrlhf.trainer.models import engine, forwards, loading, lora
 from hlrlhf.trainer.ppo import rollout
 
@@ -180,8 +182,8 @@ def sample(
     device = tiny.cpu(settings)
     device.static_cache = static_cache
     torch.manual_seed(seed)
-    sampling = rollout.sampling(settings, tokenizer, [EOS], padding, device)
-    return rollout.generate(tiny.Engine(policy), prompts, sampling, device)
+    decoder = Plain(sampling(settings, tokenizer, [EOS], padding, device), device)
+    return rollout.generate(decoder, tiny.Engine(policy), prompts)
 
 
 def first_tokens(found: rollout.Rollout) -> Any:
@@ -405,11 +407,11 @@ def roll_out_and_update(folder: Path, chunk: int) -> tuple[list[int], list[int]]
     own = tiny.cpu(settings)
     policy = loading.load_policy(str(folder), "fp32", 0.0, chunk)
     actor = engine.trained(policy, settings.actor, settings, own, ROLLOUTS)
-    sampling = rollout.sampling(settings, None, [EOS, 3, 4, 5, 6], PAD, own)
+    decoder = Plain(sampling(settings, None, [EOS, 3, 4, 5, 6], PAD, own), own)
     torch.manual_seed(dist.get_rank())
     tokens, chunks = [], []
     for _ in range(ROLLOUTS):
-        found = rollout.generate(actor, PROMPTS[:2], sampling, own)
+        found = rollout.generate(decoder, actor, PROMPTS[:2])
         tokens.append(int(found.lengths.max()))
         chunks.append(math.ceil(found.answer_width / chunk) if chunk else 1)
         logprobs = actor(found.sequences, found.attention_mask, found.answer_width, 1.0)

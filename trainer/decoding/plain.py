@@ -1,0 +1,72 @@
+"""transformers' own ``generate``: any architecture, on any device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+
+from hlrlhf.trainer.data import reading
+from hlrlhf.trainer.decoding.decoder import Decoded, Sampling, Witness
+from hlrlhf.trainer.decoding.stopping import StopStrings
+from hlrlhf.trainer.device import Device
+from hlrlhf.trainer.models import forwards
+from hlrlhf.trainer.models.engine import gathered
+
+
+class Plain:
+    """A `Decoder`: the whole batch at once, until its longest answer ends.
+
+    Weights do not change inside a batch, so generating micro batch by micro batch would give the
+    same samples at a fraction of the speed.
+    """
+
+    def __init__(self, sampling: Sampling, device: Device):
+        self.sampling = sampling
+        self._device = device
+
+    @torch.no_grad()
+    def __call__(
+        self, policy: Any, prompts: Sequence[list[int]], witness: Witness | None = None
+    ) -> Decoded:
+        config, stop = self.sampling.config, self.sampling.stop
+        ids, mask = reading.pad_left(prompts, config.pad_token_id, self.sampling.multiple)
+        ids, mask = ids.to(self._device.torch), mask.to(self._device.torch)
+        stops = None
+        if stop:
+            shortest = config.min_new_tokens or 0
+            stops = StopStrings(stop, self.sampling.tokenizer, ids.shape[1], shortest)
+        # Through the engines: the hybrid engine puts its inference kernels in for eval() and takes
+        # them out for train(); all scoring is done without them.
+        policy.eval()
+        # generate() fills what a call leaves unset from the configuration of the model itself,
+        # which peft's wrapper hides.
+        plain = forwards.unwrapped(policy.module.lm)
+        plain.generation_config = config
+        with gathered(policy), self._device.generating(plain) as extra:
+            sequences = policy.module.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=config,
+                logits_processor=LogitsProcessorList([_Shown(witness)] if witness else []),
+                stopping_criteria=StoppingCriteriaList([stops] if stops else []),
+                **extra,
+            )
+        policy.train()
+        self._device.step_done()
+        ends = torch.tensor(stops.ends, device=self._device.torch) if stops else None
+        return Decoded(sequences, mask, ends)
+
+
+class _Shown(LogitsProcessor):  # type: ignore[misc]
+    """Shows a witness the logits, as they are."""
+
+    def __init__(self, witness: Witness):
+        self._witness = witness
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self._witness(scores)
+        return scores
