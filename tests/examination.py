@@ -301,7 +301,7 @@ class Run:
         start = self._weights()
         with ExitStack() as stack:
             counts = [stack.enter_context(counted(e.module)) for e in self.engines.values()]
-            _, whole = update(experience, *self.engines.values(), None, self.settings, cpu)
+            _, whole = update(experience, tiny.models(**self.engines), None, self.settings)
             self.forwards = [sum(count) for count in counts]
         assert whole
         first = self._weights()
@@ -309,7 +309,7 @@ class Run:
             role: torch.cat([(first[n] - start[n]).flatten() for n in start if n.startswith(role)])
             for role in self.engines
         }
-        _, whole = update(experience, *self.engines.values(), None, self.settings, cpu)
+        _, whole = update(experience, tiny.models(**self.engines), None, self.settings)
         assert whole
         self.moved = {
             name for name, value in self._weights().items() if not value.equal(start[name])
@@ -360,7 +360,7 @@ class Run:
     def check_saved(self) -> None:
         """Actor and critic, loaded again."""
         attempt = tiny.attempt(self.folder)
-        export.save_models(self.folder, *self.engines.values(), tiny.tokenizer(), attempt)
+        export.save_models(self.folder, tiny.models(**self.engines), tiny.tokenizer(), attempt)
         ids, mask = tiny.padded(ROWS, width=10)
         actor, critic = (trained.module.eval() for trained in self.engines.values())
         policy = loading.load_policy(str(self.folder / "actor"), "fp32", 0.0).eval()

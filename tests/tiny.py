@@ -25,6 +25,7 @@ from transformers import (
 from hlrlhf.runs import Attempt, Run
 from hlrlhf.settings import Settings, resolve
 from hlrlhf.trainer import demo, device
+from hlrlhf.trainer.models.roles import Models
 
 # One architecture that rotates queries and keys by position, one that biases by distance (ALiBi).
 ARCHITECTURES = ("llama", "bloom")
@@ -196,6 +197,11 @@ class Engine:
 
     def zero_optimization_stage(self) -> int:
         return 0
+
+
+def models(actor: Any, critic: Any = None, reference: Any = None, average: Any = None) -> Models:
+    """As of a run that is loaded, on the CPU."""
+    return Models(actor, critic, reference, torch.nn.Identity(), average, cpu(settings()))
 
 
 # Makes the logits of a head's own and of its input.

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
 from hlrlhf.runs import Attempt
 from hlrlhf.settings import Settings
-from hlrlhf.settings.schema import Actor, Critic
 from hlrlhf.trainer import flops, formulas, lengths, measures, paths, ranks
 from hlrlhf.trainer.data import reading
 from hlrlhf.trainer.decoding import choice, hybrid
 from hlrlhf.trainer.device import Device
 from hlrlhf.trainer.errors import TrainerError
 from hlrlhf.trainer.metrics import Recorder, means
-from hlrlhf.trainer.models import ema, engine, forwards, frozen, loading, lora, tokenizers
+from hlrlhf.trainer.models import forwards, frozen, roles, tokenizers
 from hlrlhf.trainer.ppo import agreement, pretraining
 from hlrlhf.trainer.ppo import experience as experiences
 from hlrlhf.trainer.ppo import rollout as rollouts
 from hlrlhf.trainer.ppo.agreement import Witness
 from hlrlhf.trainer.ppo.evaluation import Evaluation
 from hlrlhf.trainer.ppo.guards import Guard
-from hlrlhf.trainer.ppo.rewards import Rewards, check_rewards, load_rewards
+from hlrlhf.trainer.ppo.rewards import check_rewards, load_rewards
 from hlrlhf.trainer.ppo.update import update
 from hlrlhf.trainer.saving import export
 
@@ -68,8 +65,9 @@ def train(
 
     device.seed(settings.seed)
     updates = total_steps * settings.ppo.epochs * settings.ppo.minibatches
-    actor, critic, reference, rewards = _load(settings, tokenizer, device, updates)
-    average = ema.Average(actor, settings.ema.decay) if settings.ema.enabled else None
+    models = roles.load(settings, tokenizer, device, updates)
+    rewards = load_rewards(settings, tokenizer, models)
+    actor, critic = models.actor, models.critic
     decoder = choice.decoder(settings, actor.module, tokenizer, device)
     # From here on the ranks must differ: the same seed would sample the same answers.
     device.seed(settings.seed + rank)
@@ -101,17 +99,17 @@ def train(
         """The numbers of an evaluation after so many steps; none where none is due."""
         if not evaluation.due(step, total_steps):
             return {}
-        found, records = evaluation(actor, reference, rewards.scores)
+        found, records = evaluation(actor, models.reference, rewards.scores)
         if recorder is not None:
             recorder.evaluation(step, found, records)
         return found
 
     def save(folder: Path) -> None:
-        export.save_models(folder, actor, critic, tokenizer, attempt, average)
+        export.save_models(folder, models, tokenizer, attempt)
 
     complete = True
     for step in range(total_steps):
-        rates = measures.learning_rates(actor, critic)
+        rates = measures.learning_rates(models)
         # 1. Take the step's prompts: in turn, so that a part of each rank's rows is a part of the
         # global batch's, in order.
         batch = prompts.batch(step, settings.gbs)[rank :: settings.world_size]
@@ -128,20 +126,18 @@ def train(
             agreement.check(witness, actor, rollout, settings, device)
         clock.lap("generate_seconds")
         # 3. Score them: log-probs, values, rewards, advantages.
-        experience = experiences.score(
-            rollout, actor, critic, reference, rewards, settings, device, kl.coefficient
-        )
+        experience = experiences.score(rollout, models, rewards, settings, kl.coefficient)
         clock.lap("score_seconds")
         # 4. Update actor and critic, unless a number is not finite.
         totals = measures.totals(rollout, experience) | rewards.totals()
         if applied := guard.usable(experience):
-            stats, applied = update(experience, actor, critic, mix, settings, device, average)
+            stats, applied = update(experience, models, mix, settings)
             totals |= stats
         guard.judge(step + 1, applied, experience)
         clock.lap("update_seconds")
 
         # 5. Measure, evaluate, record.
-        values = means(totals) | rates | measures.gradient_norms(actor, critic)
+        values = means(totals) | rates | measures.gradient_norms(models)
         values["explained_variance"] = measures.explained_variance(experience)
         values["skipped_steps"] = guard.skipped
         values["kl_coefficient"] = kl.coefficient
@@ -180,34 +176,3 @@ def train(
         print(recorder.close())
         print(f"actor and critic are in {place}", flush=True)
     return complete
-
-
-def _load(
-    settings: Settings, tokenizer: Any, device: Device, updates: int
-) -> tuple[Any, Any, frozen.Copy, Rewards]:
-    """Actor, critic and reference, as they start, each in its engine; and what scores answers.
-
-    Each is on the device before the next is read: the ranks of a node share its memory.
-    """
-
-    def prepared(role: str, own: Actor | Critic) -> Any:
-        if isinstance(own, Actor):
-            chunk = settings.ppo.logprob_chunk
-            model: Any = loading.load_policy(own.model_path, settings.dtype, own.dropout, chunk)
-        else:
-            model = loading.load_scorer(own.model_path, settings.dtype, own.dropout)
-        tokenizers.check_vocabulary(tokenizer, role, model)
-        if own.cp_act:
-            model.inner.gradient_checkpointing_enable({"use_reentrant": False})
-        if settings.lora.dim:
-            lora.add_adapters(model, settings)
-        return model
-
-    policy = prepared("actor", settings.actor)
-    actor = engine.trained(policy, settings.actor, settings, device, updates)
-    scorer = prepared("critic", settings.critic)
-    first_head = copy.deepcopy(scorer.head)
-    critic = engine.trained(scorer, settings.critic, settings, device, updates)
-    reference = frozen.reference(settings, tokenizer, actor, device)
-    rewards = load_rewards(settings, tokenizer, critic, first_head, device)
-    return actor, critic, reference, rewards

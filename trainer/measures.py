@@ -12,6 +12,7 @@ from hlrlhf.settings import Settings
 from hlrlhf.trainer import flops, formulas
 from hlrlhf.trainer.device import Device
 from hlrlhf.trainer.flops import Cost
+from hlrlhf.trainer.models.roles import Models
 from hlrlhf.trainer.ppo.experience import Experience, moments
 from hlrlhf.trainer.ppo.rollout import Rollout
 from hlrlhf.trainer.ranks import summed
@@ -86,23 +87,23 @@ def explained_variance(experience: Experience) -> float:
     return 1 - float(errors / returns) if returns else 0.0
 
 
-def learning_rates(actor: Any, critic: Any) -> dict[str, float]:
+def learning_rates(models: Models) -> dict[str, float]:
     """Learning rates of the coming update, those of adapters apart."""
     rates = {}
-    for role, trained in (("actor", actor), ("critic", critic)):
+    for role, trained in (("actor", models.actor), ("critic", models.critic)):
         for group in trained.optimizer.param_groups:
             kind = "lora_learning_rate" if group["name"] == "lora" else "learning_rate"
             rates[f"{role}_{kind}"] = group["lr"]
     return rates
 
 
-def gradient_norms(actor: Any, critic: Any) -> dict[str, float]:
+def gradient_norms(models: Models) -> dict[str, float]:
     """Gradient norms of the last update, where DeepSpeed keeps them.
 
     It does not in fp32 without ZeRO.
     """
     norms = {}
-    for role, trained in (("actor", actor), ("critic", critic)):
+    for role, trained in (("actor", models.actor), ("critic", models.critic)):
         if (norm := trained.get_global_grad_norm()) is not None:
             norms[f"{role}_gradient_norm"] = float(norm)
     return norms

@@ -91,7 +91,7 @@ def measured(
         trained.append(engine.trained(model, own, settings, cpu, updates=10))
     before = [engine.whole_weights(model) for model in trained]
     mix = Mix(reading.Prompts(Rows.of(TEXTS), seed=1), settings, cpu)
-    told, whole = update(change(made(settings)), *trained, mix, settings, cpu)
+    told, whole = update(change(made(settings)), tiny.models(*trained), mix, settings)
     assert whole
     moved = {}
     for role, model, start in zip(("actor", "critic"), trained, before, strict=True):

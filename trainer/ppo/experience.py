@@ -12,6 +12,7 @@ from torch import Tensor
 from hlrlhf.settings import Settings
 from hlrlhf.trainer import formulas
 from hlrlhf.trainer.device import Device
+from hlrlhf.trainer.models.roles import Models
 from hlrlhf.trainer.ppo.rewards import Rewards
 from hlrlhf.trainer.ppo.rollout import Rollout
 from hlrlhf.trainer.ranks import summed
@@ -54,28 +55,25 @@ class Experience:
 
 @torch.no_grad()
 def score(
-    rollout: Rollout,
-    actor: Any,
-    critic: Any,
-    reference: Any,
-    rewards: Rewards,
-    settings: Settings,
-    device: Device,
-    kl_coefficient: float,
+    rollout: Rollout, models: Models, rewards: Rewards, settings: Settings, kl_coefficient: float
 ) -> Experience:
     """What models and rewards say of a rollout; dropout is off, as it was when the actor sampled.
 
     Args:
         rollout: this rank's.
-        actor, critic: engines.
-        reference: see `frozen`.
+        models: actor, critic and reference.
         rewards: what scores the answers.
-        settings: all of them.
-        device: the rank's.
+        settings: of the run.
         kl_coefficient: weight of the KL penalty.
     """
     width = rollout.answer_width
     temperature = settings.generation.temperature
+    actor, critic, reference, device = (
+        models.actor,
+        models.critic,
+        models.reference,
+        models.device,
+    )
     actor.module.eval()
     critic.module.eval()
     # Apart from the others: to be ready may mean to come to the device, or to switch adapters off.
@@ -104,8 +102,8 @@ def answer_logprobs(policy: Any, rollout: Rollout, settings: Settings, device: D
     Args:
         policy: an engine or see `frozen`.
         rollout: this rank's.
-        settings: all of them.
-        device: the rank's.
+        settings: of the run.
+        device: to tell when a part of the work is complete.
 
     Returns:
         [b, r], fp32; padding included.

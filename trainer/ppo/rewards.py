@@ -13,14 +13,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from hlrlhf.settings import Settings
 from hlrlhf.trainer import flops, lengths
-from hlrlhf.trainer.device import Device
 from hlrlhf.trainer.errors import TrainerError
 from hlrlhf.trainer.models import frozen, loading, tokenizers
 from hlrlhf.trainer.models.forwards import unwrapped
+from hlrlhf.trainer.models.roles import Models
 from hlrlhf.trainer.ppo.rollout import Rollout
 from hlrlhf.trainer.ppo.scores import FunctionScores, ModelScores, imported
 
@@ -156,16 +157,13 @@ def check_rewards(settings: Settings, tokenizer: Any) -> None:
         _own_tokenizer(settings, tokenizer)
 
 
-def load_rewards(
-    settings: Settings, tokenizer: Any, critic: Any, first_head: nn.Module, device: Device
-) -> Rewards:
+def load_rewards(settings: Settings, tokenizer: PreTrainedTokenizerBase, models: Models) -> Rewards:
     """What scores the answers of a run, on the device.
 
     Args:
-        settings: all of them.
+        settings: of the run.
         tokenizer: the actor's.
-        critic, first_head: see `frozen.reward_model`.
-        device: the rank's.
+        models: of which the critic may hold the reward model.
 
     Raises:
         TrainerError: see `check_rewards`; or the reward model cannot be loaded or does not fit its
@@ -177,7 +175,9 @@ def load_rewards(
     if own.model_weight:
         again = _own_tokenizer(settings, tokenizer)
         reads = tokenizer if again is None else again
-        model = frozen.reward_model(settings, reads, critic, first_head, device)
+        model = frozen.reward_model(
+            settings, reads, models.critic, models.first_head, models.device
+        )
         cost = flops.cost(model.module)
         longest = lengths.longest(unwrapped(model.module.inner).config)
         score_at = own.score_at
@@ -187,7 +187,7 @@ def load_rewards(
             where = {"end": "at an answer's last token", "before_end": "before the end token"}
             origin = "as it learnt it" if own.score_at == "auto" else "as HL_REWARD_SCORE_AT says"
             print(f"{frozen.reward_path(settings)}: rewards are read {where[score_at]}, {origin}")
-        by_model = ModelScores(model, tokenizer, again, score_at, settings, device, longest)
+        by_model = ModelScores(model, tokenizer, again, score_at, settings, models.device, longest)
         sources.append((own.model_weight, by_model))
     if own.function is not None:
         sources.append((own.function_weight, FunctionScores(own.function, tokenizer)))

@@ -2,44 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
+from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
 from hlrlhf.settings import Settings
 from hlrlhf.trainer import formulas
-from hlrlhf.trainer.device import Device
 from hlrlhf.trainer.models import engine
-from hlrlhf.trainer.models.ema import Average
+from hlrlhf.trainer.models.roles import Models
 from hlrlhf.trainer.ppo.experience import Experience
 from hlrlhf.trainer.ppo.pretraining import Mix
 from hlrlhf.trainer.ranks import summed
 
 
 def update(
-    experience: Experience,
-    actor: Any,
-    critic: Any,
-    mix: Mix | None,
-    settings: Settings,
-    device: Device,
-    average: Average | None = None,
+    experience: Experience, models: Models, mix: Mix | None, settings: Settings
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], bool]:
     """All optimizer steps on a rollout, gradients accumulated over micro batches.
 
     Args:
         experience: this rank's.
-        actor, critic: engines.
+        models: of which actor and critic are updated, and the average after each of the actor's
+            steps.
         mix: of the language-modelling loss beside the actor's, or None.
-        settings: all of them.
-        device: the rank's.
-        average: of the actor, which takes in each of its steps, or None.
+        settings: of the run.
 
     Returns:
         This rank's sums and weights of what the update shows, for `metrics.means`; and whether
         every step was taken, none skipped because of a gradient that is not finite.
     """
+    actor, critic, device = models.actor, models.critic, models.device
     actor.train()
     critic.train()
     policy = torch.zeros(4, device=device.torch)
@@ -62,8 +54,8 @@ def update(
                     applied &= engine.descend(actor, loss)
                     device.step_done()
                     texts += seen
-            if average is not None and actor.was_step_applied():
-                average.update()
+            if models.average is not None and actor.was_step_applied():
+                models.average.update()
             for micro in minibatch.split(settings.mbs):
                 loss = _value_loss(critic, micro, settings)
                 applied &= engine.descend(critic, loss * share)
@@ -78,7 +70,9 @@ def update(
     return totals, applied
 
 
-def _policy_loss(actor: Any, micro: Experience, settings: Settings) -> formulas.PolicyLoss:
+def _policy_loss(
+    actor: DeepSpeedEngine, micro: Experience, settings: Settings
+) -> formulas.PolicyLoss:
     logprobs = actor(
         micro.sequences, micro.attention_mask, micro.answer_width, settings.generation.temperature
     )
@@ -87,7 +81,7 @@ def _policy_loss(actor: Any, micro: Experience, settings: Settings) -> formulas.
     )
 
 
-def _value_loss(critic: Any, micro: Experience, settings: Settings) -> Tensor:
+def _value_loss(critic: DeepSpeedEngine, micro: Experience, settings: Settings) -> Tensor:
     values = critic(micro.sequences, micro.attention_mask, micro.answer_width)[:, :-1]
     return formulas.value_loss(
         values, micro.values, micro.returns, micro.answer_mask, settings.ppo.value_clip_range

@@ -18,14 +18,15 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from hlrlhf.runs import Attempt
 from hlrlhf.trainer.errors import TrainerError
 from hlrlhf.trainer.models import lora
-from hlrlhf.trainer.models.ema import Average
 from hlrlhf.trainer.models.engine import whole_weights
 from hlrlhf.trainer.models.forwards import Policy, Scorer, unwrapped
 from hlrlhf.trainer.models.loading import ROLE
+from hlrlhf.trainer.models.roles import Models
 from hlrlhf.trainer.ranks import summed
 from hlrlhf.trainer.records import warn
 
@@ -38,12 +39,7 @@ class NotSavedError(TrainerError):
 
 
 def save_models(
-    folder: Path,
-    actor: Any,
-    critic: Any,
-    tokenizer: Any,
-    attempt: Attempt,
-    average: Average | None = None,
+    folder: Path, models: Models, tokenizer: PreTrainedTokenizerBase, attempt: Attempt
 ) -> None:
     """Write ``actor/`` and ``critic/``, LoRA merged, and ``*-adapter/`` beside them.
 
@@ -52,15 +48,15 @@ def save_models(
 
     Args:
         folder: where.
-        actor, critic: engines.
+        models: of which actor, critic and, as ``actor-ema/``, the average are written.
         tokenizer: the actor's.
         attempt: at the run.
-        average: of the actor, for ``actor-ema/``.
 
     Raises:
         NotSavedError: on all ranks, when the disk did not take them.
         SupersededError: on rank 0, when a newer attempt has begun.
     """
+    actor, critic, average = models.actor, models.critic, models.average
     unfinished = folder.with_name(f".{folder.name}.{attempt.number}.unfinished")
     failure: Exception | None = None
 

@@ -55,9 +55,8 @@ def averaged(folder: Path, ranks: int, stage: int, flags: tuple[str, ...]) -> di
         average.update()
         history.append(engine.whole_weights(actor))
     weights = average.whole_weights()
-    export.save_models(
-        folder / "saved", actor, actor, tiny.tokenizer(), tiny.attempt(folder), average
-    )
+    both = tiny.models(actor, actor, average=average)
+    export.save_models(folder / "saved", both, tiny.tokenizer(), tiny.attempt(folder))
     trains = [name for name, p in actor.module.named_parameters() if p.requires_grad]
     return {
         "history": history,

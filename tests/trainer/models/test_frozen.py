@@ -109,7 +109,7 @@ def scored(
     scores = ModelScores(reward, None, None, "end", case.settings, case.device)
     rewards = Rewards([(1.0, scores)], case.settings)
     return experience.score(
-        rolled_out(), actor, critic, reference, rewards, case.settings, case.device, 0.1
+        rolled_out(), tiny.models(actor, critic, reference), rewards, case.settings, 0.1
     )
 
 
@@ -134,7 +134,7 @@ def steps(case: Case, actor: Any, critic: Any, reference: Any, reward: Any) -> N
     for step in range(3):
         torch.manual_seed(step)
         found = scored(case, actor, critic, reference, reward)
-        update.update(found, actor, critic, None, case.settings, case.device)
+        update.update(found, tiny.models(actor, critic), None, case.settings)
 
 
 @pytest.mark.knob("only_optimize_lora")

@@ -78,12 +78,9 @@ def score(case: Case, prompts: Any = PROMPTS, answers: Any = ANSWERS) -> experie
     scores = ModelScores(reward, None, None, "end", case.settings, device)
     return experience.score(
         tiny.rolled_out(prompts, answers),
-        tiny.Engine(actor),
-        tiny.Engine(critic),
-        reference,
+        tiny.models(tiny.Engine(actor), tiny.Engine(critic), reference),
         Rewards([(1.0, scores)], case.settings),
         case.settings,
-        device,
         kl_coefficient=0.1,
     )
 
@@ -155,7 +152,7 @@ def test_log_probs_are_those_of_the_distribution_that_was_sampled_from(
     made = rollout.generate(decoder, tiny.Engine(actor), PROMPTS * 4)
     engines = (tiny.Engine(actor), tiny.Engine(critic))
     rewards = Rewards([(1.0, lambda rollout: torch.zeros(len(rollout.ended)))], settings)
-    found = experience.score(made, *engines, reference, rewards, settings, device, 0.1)
+    found = experience.score(made, tiny.models(*engines, reference), rewards, settings, 0.1)
 
     mask = made.answer_mask
     scores, logits = (torch.stack(part, 1).double() for part in zip(*steps, strict=True))

@@ -95,16 +95,16 @@ def test_a_gradient_that_is_not_finite_moves_nothing(
 
     models = trained()
     before = [engine.whole_weights(model) for model in models]
-    _, whole = update(spoiled, *models, None, settings, cpu)
+    _, whole = update(spoiled, tiny.models(*models), None, settings)
     assert not whole
     for model, weights in zip(models, before, strict=True):
         for name, value in engine.whole_weights(model).items():
             assert value.equal(weights[name]), name
-    _, whole = update(good, *models, None, settings, cpu)
+    _, whole = update(good, tiny.models(*models), None, settings)
     assert whole
 
     fresh = trained()
-    update(good, *fresh, None, settings, cpu)
+    update(good, tiny.models(*fresh), None, settings)
     for model, other in zip(models, fresh, strict=True):
         expected = engine.whole_weights(other)
         for name, value in engine.whole_weights(model).items():

@@ -65,7 +65,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def loaded(folders: dict[str, Path], *flags: str) -> Rewards:
     settings = tiny.settings(f"critic.model_path={folders['critic']}", *flags)
     rewards.check_rewards(settings, tiny.tokenizer())
-    return rewards.load_rewards(settings, tiny.tokenizer(), None, None, tiny.cpu(settings))
+    return rewards.load_rewards(settings, tiny.tokenizer(), tiny.models(None))
 
 
 def raw(folders: dict[str, Path], *flags: str) -> Any:

@@ -40,7 +40,7 @@ def updated(folder: Path, *flags: str) -> tuple[dict[str, Any], dict[str, Any]]:
         if settings.pretraining.path
         else None
     )
-    told, whole = update(made(settings), actor, critic, mix, settings, cpu)
+    told, whole = update(made(settings), tiny.models(actor, critic), mix, settings)
     assert whole
     weights = {f"actor.{name}": value for name, value in engine.whole_weights(actor).items()}
     weights |= {f"critic.{name}": value for name, value in engine.whole_weights(critic).items()}
@@ -178,8 +178,8 @@ def test_an_average_takes_in_each_step_that_was_taken(tmp_path: Path) -> None:
             taken.append(engine.whole_weights(actor)["lm.lm_head.weight"])
 
     found = made(settings)
-    average = Recorded(actor, 0.5)
-    _, whole = update(found, actor, critic, None, settings, cpu, average)
+    models = tiny.models(actor, critic, average=Recorded(actor, 0.5))
+    _, whole = update(found, models, None, settings)
     assert whole
     assert len(taken) == 4
     assert all(not one.equal(next_) for one, next_ in itertools.pairwise(taken))
@@ -187,6 +187,6 @@ def test_an_average_takes_in_each_step_that_was_taken(tmp_path: Path) -> None:
 
     spoiled = found.advantages.index_fill(0, torch.tensor([3]), math.inf)
     spoiled = dataclasses.replace(found, advantages=spoiled)
-    _, whole = update(spoiled, actor, critic, None, settings, cpu, average)
+    _, whole = update(spoiled, models, None, settings)
     assert not whole
     assert len(taken) == 2, "the first half of the rows, twice"

@@ -43,14 +43,12 @@ def saved(models: Path, place: Path, ranks: int, stage: int) -> tuple[list[str],
     """
     actor, critic = engines(models, ranks, stage)
     attempt = tiny.attempt(place, 1)
-    average = ema.Average(actor, 0.5)
+    both = tiny.models(actor, critic, average=ema.Average(actor, 0.5))
     said, held = [], []
     for limit in (10**9, 4000, 10**9):
         with no_file_longer_than(limit):
             try:
-                export.save_models(
-                    place / "final", actor, critic, tiny.tokenizer(), attempt, average
-                )
+                export.save_models(place / "final", both, tiny.tokenizer(), attempt)
             except export.NotSavedError as error:
                 said.append(str(error))
         torch.distributed.barrier()
@@ -94,7 +92,9 @@ def saved_at_last(models: Path, room: Path) -> list[Any]:
     asked = 0
 
     def save(folder: Path) -> None:
-        export.save_models(folder, actor, critic, tiny.tokenizer(), tiny.attempt(models))
+        export.save_models(
+            folder, tiny.models(actor, critic), tiny.tokenizer(), tiny.attempt(models)
+        )
 
     def asked_to_stop() -> bool:
         nonlocal asked
@@ -124,7 +124,7 @@ def test_a_last_save_goes_to_the_next_place_and_waits_for_room(tmp_path: Path) -
 def programmed_wrong(models: Path, place: Path) -> list[str]:
     actor, critic = engines(models, 1, 0)
     with pytest.raises(AttributeError, match="save_pretrained"):
-        export.save_models(place / "final", actor, critic, None, tiny.attempt(place))
+        export.save_models(place / "final", tiny.models(actor, critic), None, tiny.attempt(place))
     return [path.name for path in place.iterdir()]
 
 
