@@ -15,13 +15,14 @@ MAY_KNOW = {
     "jobs": {"settings", "slurm", "runs"},
     "cli": {"settings", "slurm", "runs", "jobs"},
     "trainer.formulas": set(),
-    "trainer.device": {"settings"},
+    "trainer.pieces": set(),
+    "trainer.device": {"settings", "trainer.pieces"},
     "trainer.ranks": {"trainer.device"},
     "trainer.records": set(),
     "trainer.paths": {"settings"},
     "trainer.demo": set(),
     "trainer.data": {"settings"},
-    "trainer.models": {"settings", "trainer.formulas", "trainer.device"},
+    "trainer.models": {"settings", "trainer.formulas", "trainer.device", "trainer.pieces"},
     "trainer.flops": {"trainer.models"},
     "trainer.lengths": {"settings", "trainer.data", "trainer.models"},
     "trainer.decoding": {"settings", "trainer.models", "trainer.data", "trainer.device"},
@@ -31,6 +32,7 @@ MAY_KNOW["trainer.ppo"] = LOW | {
     *("trainer.data", "trainer.models", "trainer.decoding", "trainer.flops", "trainer.lengths")
 }
 MAY_KNOW["trainer.saving"] = LOW | {"trainer.models", "trainer.records"}
+MAY_KNOW["trainer.state"] = {"trainer.formulas", "trainer.models", "trainer.ppo"}
 MAY_KNOW["trainer.measures"] = LOW | {"trainer.models", "trainer.ppo", "trainer.flops"}
 MAY_KNOW["trainer.metrics"] = LOW | {"trainer.models", "trainer.records"}
 

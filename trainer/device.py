@@ -8,13 +8,15 @@ import importlib.util
 import os
 import platform
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from hlrlhf.settings import Settings
 from hlrlhf.trainer.errors import TrainerError
+from hlrlhf.trainer.pieces import Piece, Readable
 
 
 class Device:
@@ -52,6 +54,20 @@ class Device:
         finally:
             for module, state in zip(self._random, states, strict=True):
                 module.set_rng_state(state)
+
+    def state(self) -> dict[str, Piece]:
+        """Where this rank's random numbers are, for each of their sources."""
+        return {
+            f"{index}.rank-{dist.get_rank()}": Piece.whole(source.get_rng_state())
+            for index, source in enumerate(self._random)
+        }
+
+    def restore(self, state: Mapping[str, Readable]) -> None:
+        """Go on from a state; a rank that it does not know goes on as it was seeded."""
+        for source, (name, piece) in zip(self._random, self.state().items(), strict=True):
+            if (stored := state.get(name)) is not None:
+                piece.fill(stored)
+                source.set_rng_state(piece.values)
 
     def step_done(self) -> None:
         """Tell the device that a part of a step is complete."""

@@ -15,6 +15,7 @@ RLHF, "The N+ Implementation Details of RLHF with PPO" (arXiv 2403.17031).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -90,6 +91,15 @@ class KlController:
         if self._target is not None:
             error = max(-0.2, min(0.2, kl / self._target - 1))
             self.coefficient *= 1 + error * answers / self._horizon
+
+    def state(self) -> dict[str, float]:
+        """What updates have changed."""
+        return {"coefficient": self.coefficient} if self._target is not None else {}
+
+    def restore(self, state: Mapping[str, float]) -> None:
+        """Go on from a state; a coefficient that is fixed stays as it was set."""
+        if self._target is not None:
+            self.coefficient = state.get("coefficient", self.coefficient)
 
 
 def token_rewards(

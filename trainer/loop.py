@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,15 +16,16 @@ from hlrlhf.trainer.device import Device
 from hlrlhf.trainer.errors import TrainerError
 from hlrlhf.trainer.metrics import Recorder, means
 from hlrlhf.trainer.models import forwards, frozen, roles, tokenizers
-from hlrlhf.trainer.ppo import agreement, pretraining
 from hlrlhf.trainer.ppo import experience as experiences
+from hlrlhf.trainer.ppo import pretraining
 from hlrlhf.trainer.ppo import rollout as rollouts
-from hlrlhf.trainer.ppo.agreement import Witness
+from hlrlhf.trainer.ppo.agreement import Agreement
 from hlrlhf.trainer.ppo.evaluation import Evaluation
 from hlrlhf.trainer.ppo.guards import Guard
 from hlrlhf.trainer.ppo.rewards import check_rewards, load_rewards
 from hlrlhf.trainer.ppo.update import update
-from hlrlhf.trainer.saving import export
+from hlrlhf.trainer.saving.export import Exports
+from hlrlhf.trainer.state import State
 
 
 def train(
@@ -45,7 +45,6 @@ def train(
     Raises:
         TrainerError: the models or the data do not allow it.
     """
-    rank, run = dist.get_rank(), attempt.run.directory
     paths.check_paths(settings)
     hybrid.check(settings)
     tokenizer = tokenizers.actor_tokenizer(settings)
@@ -54,76 +53,63 @@ def train(
     prompts = reading.load_prompts(settings, tokenizer, device.torch)
     lengths.check_lengths(settings, prompts)
     mix = pretraining.load_mix(settings, tokenizer, device)
-    total_steps = settings.epochs * len(prompts.ids) // settings.gbs
-    if settings.run_steps:
-        total_steps = min(total_steps, settings.run_steps)
-    if total_steps == 0:
-        raise TrainerError(
-            f"{len(prompts.ids)} prompts make no global batch of {settings.gbs} (HL_GBS) in "
-            f"{settings.epochs} epochs (HL_EPOCHS)"
-        )
+    total_steps = _total_steps(settings, prompts)
 
+    rank = dist.get_rank()
     device.seed(settings.seed)
     updates = total_steps * settings.ppo.epochs * settings.ppo.minibatches
     models = roles.load(settings, tokenizer, device, updates)
     rewards = load_rewards(settings, tokenizer, models)
-    actor, critic = models.actor, models.critic
-    decoder = choice.decoder(settings, actor.module, tokenizer, device)
+    decoder = choice.decoder(settings, models.actor.module, tokenizer, device)
     # From here on the ranks must differ: the same seed would sample the same answers.
     device.seed(settings.seed + rank)
-
-    # Folders outside the run directory may be shared by runs, whose names differ.
-    saved_models = run / "checkpoints"
-    if settings.checkpoint_path:
-        saved_models = Path(settings.checkpoint_path, run.name)
-    recorder = None
-    if rank == 0:
-        board = run / "tensorboard"
-        if settings.tensorboard_path:
-            board = Path(settings.tensorboard_path, run.name)
-        recorder = Recorder(attempt, board, total_steps)
-        trained = {"actor": actor.module, "critic": critic.module}
-        recorder.models({role: forwards.parameters(model) for role, model in trained.items()})
-        print(f"{total_steps} steps of {settings.gbs} prompts on {settings.world_size} ranks")
-
     kl = formulas.KlController(
         settings.ppo.kl_coefficient,
         settings.ppo.kl_target if settings.ppo.kl_controller == "adaptive" else None,
         settings.ppo.kl_horizon,
     )
     guard = Guard(settings, attempt, device)
-    costs = (flops.cost(actor.module), flops.cost(critic.module), rewards.cost)
     evaluation = Evaluation(prompts.held_out, decoder, settings, device)
+    state = State(models, rewards, kl, mix, guard, evaluation)
 
-    def evaluated(step: int) -> dict[str, float]:
-        """The numbers of an evaluation after so many steps; none where none is due."""
-        if not evaluation.due(step, total_steps):
+    exports = Exports(settings, models, tokenizer, attempt)
+    recorder = None
+    if rank == 0:
+        board = attempt.run.directory / "tensorboard"
+        if settings.tensorboard_path:
+            # A folder outside the run directory may be shared by runs, whose names differ.
+            board = Path(settings.tensorboard_path, attempt.run.name)
+        recorder = Recorder(attempt, board, total_steps, state.step)
+        trained = {"actor": models.actor.module, "critic": models.critic.module}
+        recorder.models({role: forwards.parameters(model) for role, model in trained.items()})
+        print(f"{total_steps} steps of {settings.gbs} prompts on {settings.world_size} ranks")
+
+    def evaluated() -> dict[str, float]:
+        """The numbers of an evaluation after the steps that are done; none where none is due."""
+        if not evaluation.due(state.step, total_steps):
             return {}
-        found, records = evaluation(actor, models.reference, rewards.scores)
+        numbers, records = evaluation(state.step, models.actor, models.reference, rewards.scores)
         if recorder is not None:
-            recorder.evaluation(step, found, records)
-        return found
+            recorder.evaluation(state.step, numbers, records)
+        return numbers
 
-    def save(folder: Path) -> None:
-        export.save_models(folder, models, tokenizer, attempt)
-
-    complete = True
-    for step in range(total_steps):
-        rates = measures.learning_rates(models)
+    evaluated()
+    agreement = Agreement(settings, device)
+    pace = measures.Pace(
+        settings, flops.cost(models.actor.module), flops.cost(models.critic.module), rewards.cost
+    )
+    clock = measures.Clock(device)
+    while state.step < total_steps:
         # 1. Take the step's prompts: in turn, so that a part of each rank's rows is a part of the
         # global batch's, in order.
-        batch = prompts.batch(step, settings.gbs)[rank :: settings.world_size]
+        clock.start()
+        rates = measures.learning_rates(models)
+        batch = prompts.batch(state.step, settings.gbs)[rank :: settings.world_size]
+        # 2. Sample answers, the first ones in sight of a witness: they must be the policy's own.
+        witness = agreement.witness()
         asked = [prompts.ids[i] for i in batch]
-        if step == 0:
-            evaluated(0)
-            began = time.perf_counter()
-        clock = measures.Clock(device)
-        # 2. Sample answers. The first show whether generation is the policy's own; those after the
-        # first update, whether kernels with copies of the weights have learnt of it.
-        witness = Witness(settings) if step < 1 + settings.hybrid_engine else None
-        rollout = rollouts.generate(decoder, actor, asked, witness)
-        if witness is not None:
-            agreement.check(witness, actor, rollout, settings, device)
+        rollout = rollouts.generate(decoder, models.actor, asked, witness)
+        agreement.check(witness, models.actor, rollout)
         clock.lap("generate_seconds")
         # 3. Score them: log-probs, values, rewards, advantages.
         experience = experiences.score(rollout, models, rewards, settings, kl.coefficient)
@@ -133,46 +119,51 @@ def train(
         if applied := guard.usable(experience):
             stats, applied = update(experience, models, mix, settings)
             totals |= stats
-        guard.judge(step + 1, applied, experience)
+        guard.judge(state.step + 1, applied, experience)
         clock.lap("update_seconds")
+        state.step += 1
 
         # 5. Measure, evaluate, record.
-        values = means(totals) | rates | measures.gradient_norms(models)
-        values["explained_variance"] = measures.explained_variance(experience)
-        values["skipped_steps"] = guard.skipped
-        values["kl_coefficient"] = kl.coefficient
+        values = means(totals) | rates | measures.of_update(models, experience)
+        values |= {"skipped_steps": guard.skipped, "kl_coefficient": kl.coefficient}
         if applied:
             kl.update(values["kl"], settings.gbs)
-        if found := evaluated(step + 1):
-            values |= found
+        if numbers := evaluated():
+            values |= numbers
             clock.lap("evaluate_seconds")
-        values |= clock.laps
-        # From one record to the next: nothing that a step costs is left out.
-        values["seconds"] = time.perf_counter() - began
-        began = time.perf_counter()
-        values |= measures.pace(rollout, costs, settings, values["seconds"])
+        values |= clock.step()
+        values |= pace(rollout, values["seconds"])
         values["peak_memory_bytes"] = device.peak_memory()
         if recorder is not None:
             recorder.step(values)
             for warning in guard.warnings(values):
                 recorder.warn(warning)
             interval = settings.print_answers_interval
-            aloud = interval > 0 and (step + 1) % interval == 0
+            aloud = interval > 0 and state.step % interval == 0
             recorder.samples(measures.samples(rollout, experience, tokenizer), aloud=aloud)
         # 6. Stop after a warning, or save and go on.
-        if step + 1 < total_steps and ranks.agreed(warnings() > 0, device):
-            complete = False
-            break
-        interval = settings.save_interval
-        if interval and (step + 1) % interval == 0 and step + 1 < total_steps:
-            export.save_if_possible(saved_models / f"step-{step + 1}", save)
+        if state.step < total_steps:
+            if ranks.agreed(warnings() > 0, device):
+                break
+            exports.at(state.step)
 
-    name = "final" if complete else f"step-{step + 1}"
-    # One folder, unless the setting names another file system than the run directory's.
-    folders = dict.fromkeys([saved_models / name, run / "checkpoints" / name])
+    complete = state.step == total_steps
     heard = warnings()
-    place = export.save_at_last([*folders], save, lambda: ranks.agreed(warnings() > heard, device))
+    place = exports.last(
+        "final" if complete else f"step-{state.step}",
+        lambda: ranks.agreed(warnings() > heard, device),
+    )
     if recorder is not None:
         print(recorder.close())
         print(f"actor and critic are in {place}", flush=True)
     return complete
+
+
+def _total_steps(settings: Settings, prompts: reading.Prompts) -> int:
+    steps = settings.epochs * len(prompts.ids) // settings.gbs
+    if steps == 0:
+        raise TrainerError(
+            f"{len(prompts.ids)} prompts make no global batch of {settings.gbs} (HL_GBS) in "
+            f"{settings.epochs} epochs (HL_EPOCHS)"
+        )
+    return min(steps, settings.run_steps) if settings.run_steps else steps

@@ -19,19 +19,33 @@ from hlrlhf.trainer.ranks import summed
 
 
 class Clock:
-    """Seconds of each part of a step."""
+    """Seconds of each part of a step, and of the whole step.
+
+    A step takes from one record to the next: nothing that it costs is left out.
+    """
 
     def __init__(self, device: Device):
         self._device = device
+        self._began = self._last = time.perf_counter()
+        self._laps: dict[str, float] = {}
+
+    def start(self) -> None:
+        """Begin the first part of a step."""
         self._last = time.perf_counter()
-        self.laps: dict[str, float] = {}
+        self._laps = {}
 
     def lap(self, name: str) -> None:
-        """End the part that began with the last lap."""
+        """End a part, and begin the next."""
         self._device.synchronize()
         now = time.perf_counter()
-        self.laps[name] = now - self._last
+        self._laps[name] = now - self._last
         self._last = now
+
+    def step(self) -> dict[str, float]:
+        """End the step: the seconds of its parts, and `seconds` of it all."""
+        now = time.perf_counter()
+        began, self._began = self._began, now
+        return self._laps | {"seconds": now - began}
 
 
 def totals(rollout: Rollout, experience: Experience) -> dict[str, tuple[Tensor, Tensor]]:
@@ -53,31 +67,47 @@ def totals(rollout: Rollout, experience: Experience) -> dict[str, tuple[Tensor, 
     }
 
 
-def pace(
-    rollout: Rollout, costs: tuple[Cost, Cost, Cost | None], settings: Settings, seconds: float
-) -> dict[str, float]:
-    """What a step does in a second; all ranks have to call it.
+class Pace:
+    """What a run does in a second.
 
     Args:
-        rollout: this rank's.
-        costs: of actor, critic and reward model.
-        settings: all of them.
-        seconds: that the whole step took.
+        settings: of the run.
+        actor, critic, reward: what the models cost; None without a reward model.
     """
-    answers = rollout.lengths
-    prompts = rollout.attention_mask.sum(-1) - answers
-    operations = flops.of_step(prompts, answers, *costs, settings.ppo.epochs)
-    counted = torch.stack([(prompts + answers).sum().to(operations), operations])
-    tokens, operations = summed(counted).tolist()
-    if settings.pretraining.path is not None:
-        # A row of text goes with each answer that an optimizer step learns from.
-        rows = settings.ppo.epochs * settings.gbs
-        operations += flops.of_texts(rows, settings.pretraining.max_tokens, costs[0]).item()
-    return {
-        "samples_per_second": settings.gbs / seconds,
-        "tokens_per_second": tokens / seconds,
-        "tflops_per_device": operations / settings.world_size / 1e12 / seconds,
-    }
+
+    def __init__(self, settings: Settings, actor: Cost, critic: Cost, reward: Cost | None):
+        self._settings = settings
+        self._actor, self._critic, self._reward = actor, critic, reward
+
+    def __call__(self, rollout: Rollout, seconds: float) -> dict[str, float]:
+        """Of a step; all ranks have to call it.
+
+        Args:
+            rollout: this rank's.
+            seconds: that the whole step took.
+        """
+        settings = self._settings
+        answers = rollout.lengths
+        prompts = rollout.attention_mask.sum(-1) - answers
+        operations = flops.of_step(
+            prompts, answers, self._actor, self._critic, self._reward, settings.ppo.epochs
+        )
+        counted = torch.stack([(prompts + answers).sum().to(operations), operations])
+        tokens, operations = summed(counted).tolist()
+        if settings.pretraining.path is not None:
+            # A row of text goes with each answer that an optimizer step learns from.
+            rows = settings.ppo.epochs * settings.gbs
+            operations += flops.of_texts(rows, settings.pretraining.max_tokens, self._actor).item()
+        return {
+            "samples_per_second": settings.gbs / seconds,
+            "tokens_per_second": tokens / seconds,
+            "tflops_per_device": operations / settings.world_size / 1e12 / seconds,
+        }
+
+
+def of_update(models: Models, experience: Experience) -> dict[str, float]:
+    """What shows how an update went; all ranks have to call it."""
+    return gradient_norms(models) | {"explained_variance": explained_variance(experience)}
 
 
 def explained_variance(experience: Experience) -> float:

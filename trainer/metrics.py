@@ -51,9 +51,10 @@ class Recorder:
             before it writes, see `Attempt.check`.
         tensorboard: folder of the event files.
         total_steps: of the whole run.
+        done: steps of earlier attempts that this one goes on from.
     """
 
-    def __init__(self, attempt: Attempt, tensorboard: Path, total_steps: int):
+    def __init__(self, attempt: Attempt, tensorboard: Path, total_steps: int, done: int = 0):
         run = attempt.run.directory
         self._attempt = attempt
         self._parameters = run / "parameters.json"
@@ -62,10 +63,12 @@ class Recorder:
         self._evaluations = Lines(run / "evaluations.jsonl")
         self._board = Board(tensorboard)
         self._total = total_steps
-        self._steps = 0
+        self._first = self._steps = done
         self._rewards: list[float] = []
         self._began = time.perf_counter()
-        self._bar = tqdm(total=total_steps, unit="step") if sys.stderr.isatty() else None
+        self._bar = (
+            tqdm(total=total_steps, initial=done, unit="step") if sys.stderr.isatty() else None
+        )
 
     def models(self, trained: dict[str, Parameters]) -> None:
         """Record and print how many parameters train, by the model's role."""
@@ -87,7 +90,8 @@ class Recorder:
         step = self._steps
         if math.isfinite(values["reward"]):
             self._rewards.append(values["reward"])
-        left = (time.perf_counter() - self._began) / step * (self._total - step)
+        passed = time.perf_counter() - self._began
+        left = passed / (step - self._first) * (self._total - step)
         self._numbers(step, values, seconds_left=left)
         shown = "  ".join(f"{name} {values[name]:.4g}" for name in SHOWN if name in values)
         if self._bar is not None:

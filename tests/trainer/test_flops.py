@@ -127,7 +127,7 @@ def test_a_step_counts_the_texts_beside_its_answers(tmp_path: Path) -> None:
     flags = ("gbs=4", "ppo.epochs=2")
 
     plain, mixed = (
-        measures.pace(answered, (model, model, None), tiny.settings(*flags, *more), seconds=2)
+        measures.Pace(tiny.settings(*flags, *more), model, model, None)(answered, seconds=2)
         for more in ((), ("pretraining.path=/texts", "pretraining.max_tokens=20"))
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hlrlhf.trainer.models import engine
+from hlrlhf.trainer.pieces import Piece
 
 
 class Average:
@@ -52,6 +54,25 @@ class Average:
                 if weights:
                     weights[name].copy_(whole)
         return weights
+
+    def state(self) -> dict[str, Any]:
+        """A piece of each average that this rank holds."""
+        rank = dist.get_rank()
+        pieces = {}
+        for name, parameter in self._engine.module.named_parameters():
+            if (average := self._averages.get(parameter)) is None:
+                continue
+            if not self._partitioned:
+                pieces[name] = Piece.whole(average)
+            elif (length := min(len(average), parameter.ds_numel - rank * len(average))) > 0:
+                start, total = rank * len(average), parameter.ds_numel
+                pieces[name] = Piece(average[:length], start, total)
+        return pieces
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state."""
+        for name, piece in self.state().items():
+            piece.fill(state[name])
 
     def _read(self, parameter: Any) -> Tensor:
         """A weight, or this rank's part of it, as it is now."""

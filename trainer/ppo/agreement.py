@@ -45,6 +45,31 @@ class Witness:
         return logits.log_softmax(-1).gather(-1, sampled).squeeze(-1)
 
 
+class Agreement:
+    """Checks the first rollouts of an attempt, after whatever step it begins.
+
+    One shows whether generation is the policy's own; a second, after an update, whether kernels
+    with copies of the weights have learnt of it.
+    """
+
+    def __init__(self, settings: Settings, device: Device):
+        self._settings = settings
+        self._device = device
+        self._left = 2 if settings.hybrid_engine else 1
+
+    def witness(self) -> Witness | None:
+        """Of the next rollout; None when enough have been checked."""
+        if self._left == 0:
+            return None
+        self._left -= 1
+        return Witness(self._settings)
+
+    def check(self, witness: Witness | None, actor: Any, rollout: Rollout) -> None:
+        """See the function; nothing to check without a witness."""
+        if witness is not None:
+            check(witness, actor, rollout, self._settings, self._device)
+
+
 @torch.no_grad()
 def check(
     witness: Witness, actor: Any, rollout: Rollout, settings: Settings, device: Device

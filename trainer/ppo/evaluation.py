@@ -7,7 +7,7 @@ state of its own: a run trains the same with and without evaluations.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,14 +62,31 @@ class Evaluation:
         self._settings = settings
         self._device = device
         self._reference: Answers | None = None
+        self._last = -1
 
     def due(self, step: int, total_steps: int) -> bool:
-        """Whether the actor is to be evaluated after so many steps."""
+        """Whether the actor is to be evaluated after so many steps, and has not been."""
         interval = self._settings.evaluation.interval
-        return interval > 0 and (step == total_steps or step % interval == 0)
+        due = interval > 0 and (step == total_steps or step % interval == 0)
+        return due and step > self._last
+
+    def state(self) -> dict[str, Any]:
+        """The step of the last evaluation, and the reference's answers."""
+        answers = self._reference
+        if answers is None:
+            return {"last": self._last}
+        columns = {name: getattr(answers, name).tolist() for name in ("scores", "kl", "ended")}
+        return {"last": self._last, "reference": columns | {"tokens": answers.tokens}}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state."""
+        self._last = state["last"]
+        if (kept := state.get("reference")) is not None:
+            columns = {name: torch.tensor(kept[name]) for name in ("scores", "kl", "ended")}
+            self._reference = Answers(**columns, tokens=kept["tokens"])
 
     def __call__(
-        self, actor: Any, reference: Copy, scores: Callable[[Rollout], Tensor]
+        self, step: int, actor: Any, reference: Copy, scores: Callable[[Rollout], Tensor]
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Sample an answer to every prompt and score it; all ranks have to call it.
 
@@ -78,6 +95,7 @@ class Evaluation:
         therefore has to come before the first update.
 
         Args:
+            step: steps before it.
             actor: the engine around the policy.
             reference: the policy that the KL penalty is measured against.
             scores: gives a rollout's scores, [b].
@@ -85,6 +103,7 @@ class Evaluation:
         Returns:
             The means, and a record for each prompt.
         """
+        self._last = step
         answers = self._answer(actor, reference, scores)
         if self._reference is None:
             same = self._settings.starts_at_reference

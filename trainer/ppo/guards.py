@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -77,6 +78,19 @@ class Guard:
             f"(HL_GUARD_MAX_SKIPPED); {where}; "
             "else try a lower learning rate, or HL_DTYPE=fp32"
         )
+
+    def state(self) -> dict[str, Any]:
+        """What it has counted and warned of."""
+        return {
+            "skipped": self.skipped,
+            "in_a_row": self._in_a_row,
+            "warned": sorted(self._warned),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state."""
+        self.skipped, self._in_a_row = state["skipped"], state["in_a_row"]
+        self._warned = set(state["warned"])
 
     def warnings(self, values: Mapping[str, float]) -> Iterator[str]:
         """What to warn of, once when a metric passes its limit and again after it has been back.

@@ -6,6 +6,7 @@ This is PPO-ptx of "Training Language Models to Follow Instructions with Human F
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -54,6 +55,14 @@ class Mix:
         in_minibatch = settings.gbs // settings.ppo.minibatches * width
         loss = settings.pretraining.coefficient * negative * ranks / in_minibatch
         return loss, torch.stack([negative.detach(), torch.tensor(logprobs.numel()).to(negative)])
+
+    def state(self) -> dict[str, int]:
+        """How many rows all ranks have taken."""
+        return {"rows": self._taken * self._settings.world_size * self._settings.mbs}
+
+    def restore(self, state: Mapping[str, int]) -> None:
+        """Go on from a state."""
+        self._taken = state["rows"] // (self._settings.world_size * self._settings.mbs)
 
 
 def load_mix(settings: Settings, tokenizer: Any, device: Device) -> Mix | None:

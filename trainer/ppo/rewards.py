@@ -7,8 +7,8 @@ normalisation, the clip, the penalty for an answer that never ends.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -77,6 +77,14 @@ class Rewards:
             scores = self._normalizer(scores)
         clipped = scores.clamp(-self._settings.clip, self._settings.clip)
         return clipped - self._settings.missing_eos_penalty * (~ended).to(clipped.dtype)
+
+    def state(self) -> dict[str, float]:
+        """What the normalisation knows of the scores so far."""
+        return asdict(self._normalizer)
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state."""
+        self._normalizer = Normalizer(**state)
 
     def totals(self) -> dict[str, tuple[Tensor, Tensor]]:
         """What the last scores show of the reward model, for `metrics.means`; nothing for most."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hlrlhf.runs import Attempt
+from hlrlhf.settings import Settings
 from hlrlhf.trainer.errors import TrainerError
 from hlrlhf.trainer.models import lora
 from hlrlhf.trainer.models.engine import whole_weights
@@ -36,6 +37,49 @@ PAUSE = 60
 
 class NotSavedError(TrainerError):
     """The disk did not take the models; nothing of them is left there."""
+
+
+class Exports:
+    """The Hugging Face folders that a run leaves: at an interval, and in the end.
+
+    Args:
+        settings: of the run.
+        models: what is saved.
+        tokenizer: the actor's.
+        attempt: at the run.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        models: Models,
+        tokenizer: PreTrainedTokenizerBase,
+        attempt: Attempt,
+    ):
+        self._interval = settings.save_interval
+        self._save = lambda folder: save_models(folder, models, tokenizer, attempt)
+        own = attempt.run.directory / "checkpoints"
+        # A folder outside the run directory may be shared by runs, whose names differ.
+        path = settings.checkpoint_path
+        self._folders = [Path(path, attempt.run.name)] if path else []
+        self._folders.append(own)
+
+    def at(self, step: int) -> None:
+        """Save after so many steps, if it is time; a disk that is full costs the save alone."""
+        if self._interval and step % self._interval == 0:
+            save_if_possible(self._folders[0] / f"step-{step}", self._save)
+
+    def last(self, name: str, asked_to_stop: Callable[[], bool]) -> Path:
+        """Save before the run ends, see `save_at_last`.
+
+        Args:
+            name: the folder's.
+            asked_to_stop: whether any rank is.
+
+        Raises:
+            TrainerError: no folder took the models.
+        """
+        return save_at_last([folder / name for folder in self._folders], self._save, asked_to_stop)
 
 
 def save_models(

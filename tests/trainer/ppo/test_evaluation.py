@@ -93,9 +93,9 @@ def test_the_numbers_by_plain_models(folder: str) -> None:
     evaluate = evaluation("gbs=2", "mbs=1")
     first, scores = Scores(), Scores()
 
-    start, before = evaluate(tiny.Engine(actor), frozen.Copy(plain), first)
+    start, before = evaluate(0, tiny.Engine(actor), frozen.Copy(plain), first)
     moved(actor)
-    found, records = evaluate(tiny.Engine(actor), frozen.Copy(plain), scores)
+    found, records = evaluate(2, tiny.Engine(actor), frozen.Copy(plain), scores)
 
     assert [len(made.sequences) for made in scores.seen] == [2, 2, 1]
     assert [prompt for prompt, _ in scores.rows()] == PROMPTS
@@ -138,9 +138,9 @@ def test_a_reference_that_is_the_actor_without_its_adapters(folder: str) -> None
     plain = forwards.Policy(adapted().module.lm.unload()).eval()
     actor = adapted()
 
-    found, _ = evaluation()(actor, frozen.WithoutAdapters(actor), Scores())
+    found, _ = evaluation()(0, actor, frozen.WithoutAdapters(actor), Scores())
 
-    expected, _ = evaluation()(adapted(), frozen.Copy(plain), Scores())
+    expected, _ = evaluation()(0, adapted(), frozen.Copy(plain), Scores())
     assert found["evaluation_kl"] == pytest.approx(expected["evaluation_kl"], abs=1e-4)
     assert abs(found["evaluation_kl"]) > 0.01
 
@@ -152,10 +152,10 @@ def test_the_same_random_numbers_each_time_and_none_taken_from_the_run(folder: s
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
-    runs = [evaluate(actor, reference(folder), Scores()) for _ in range(2)]
+    runs = [evaluate(step, actor, reference(folder), Scores()) for step in range(2)]
     assert torch.rand(4).equal(expected)
     assert runs[0] == runs[1]
-    other = evaluation("seed=2")(actor, reference(folder), Scores())
+    other = evaluation("seed=2")(0, actor, reference(folder), Scores())
     assert other[1] != runs[0][1]
 
 
