@@ -104,6 +104,7 @@ class Optimizing:
         """What this rank optimizes of each parameter, where it does."""
         outer, rank, ranks = self._engine.optimizer, dist.get_rank(), dist.get_world_size()
         trains = [(n, p) for n, p in self._engine.module.named_parameters() if p.requires_grad]
+        masters = dict(self._copies())
         for number, (name, parameter) in enumerate(trains):
             if hasattr(parameter, "ds_id"):  # ZeRO-3: equal parts, the last one padded
                 group, begin, size = outer.grad_position[parameter.ds_id]
@@ -111,7 +112,7 @@ class Optimizing:
                 if (length := min(size, total - start)) > 0:
                     flat = outer.fp32_partitioned_groups_flat[group]
                     yield _Held(name, flat, begin, begin + length, start, total, True)
-            elif hasattr(parameter, "_hp_mapping"):  # ZeRO-1 and 2, and bf16 without ZeRO
+            elif hasattr(parameter, "_hp_mapping"):  # ZeRO-1 and 2
                 if (mapping := parameter._hp_mapping) is not None:
                     flat = self._optimizer.param_groups[mapping.param_group_index]["params"][0]
                     where = mapping.hp_fragment_address
@@ -120,7 +121,18 @@ class Optimizing:
                     yield _Held(name, flat, where.start, end, start, total, True)
             else:  # whole on every rank
                 total = parameter.numel()
-                yield _Held(name, parameter, 0, total, 0, total, number % ranks == rank)
+                flat = masters.get(parameter, parameter)
+                yield _Held(name, flat, 0, total, 0, total, number % ranks == rank)
+
+    def _copies(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each parameter with its fp32 copy, in bf16 without ZeRO."""
+        optimizer = self._engine.optimizer
+        for groups in zip(
+            getattr(optimizer, "fp16_groups", ()),
+            getattr(optimizer, "fp32_groups", ()),
+            strict=False,
+        ):
+            yield from zip(*groups, strict=True)
 
     def _spread(self) -> None:
         """Give every rank the weights that were filled in, in the precision that it trains in."""
@@ -133,5 +145,7 @@ class Optimizing:
             if persistent := optimizer.persistent_parameters:
                 persistent[0].all_gather(persistent)
             optimizer.invalidate_secondary_tensor()
-        elif optimizer is not self._optimizer:
+        elif hasattr(optimizer, "update_lp_params"):
             optimizer.update_lp_params()
+        for parameter, copy in self._copies():
+            parameter.copy_(copy)
