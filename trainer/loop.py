@@ -77,12 +77,12 @@ def train(
     device.seed(settings.seed + rank)
 
     # Folders outside the run directory may be shared by runs, whose names differ.
-    saved_models = run / "checkpoints"
+    saved_models = attempt.run.checkpoints
     if settings.checkpoint_path:
         saved_models = Path(settings.checkpoint_path, run.name)
     recorder = None
     if rank == 0:
-        board = run / "tensorboard"
+        board = attempt.run.tensorboard
         if settings.tensorboard_path:
             board = Path(settings.tensorboard_path, run.name)
         recorder = Recorder(attempt, board, total_steps)
@@ -176,7 +176,7 @@ def train(
 
     name = "final" if complete else f"step-{step + 1}"
     # One folder, unless the setting names another file system than the run directory's.
-    folders = dict.fromkeys([saved_models / name, run / "checkpoints" / name])
+    folders = dict.fromkeys([saved_models / name, attempt.run.checkpoints / name])
     heard = warnings()
     place = export.save_at_last([*folders], save, lambda: ranks.agreed(warnings() > heard, device))
     if recorder is not None:
