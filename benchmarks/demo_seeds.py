@@ -20,6 +20,8 @@ from statistics import fmean
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from portable import PROFILES, lacking
 
+from hlrlhf.runs import Run
+
 SEEDS = range(1, 11)
 SUBMIT = [Path(sys.executable).with_name("hlrlhf"), "submit", "--preset", "demo", "--local"]
 
@@ -30,7 +32,7 @@ def rewards(folder: Path, profile: str, seed: int) -> tuple[float, float]:
     Raises:
         SystemExit: the run failed; with its standard error.
     """
-    metrics = folder / "demo" / "runs" / f"seed-{seed}" / "metrics.jsonl"
+    metrics = Run(folder / "demo" / "runs" / f"seed-{seed}").metrics
     if not metrics.exists():
         folder.mkdir(parents=True, exist_ok=True)
         environ = {key: value for key, value in os.environ.items() if not key.startswith("HL_")}

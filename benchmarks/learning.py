@@ -25,6 +25,8 @@ import matplotlib as mpl
 mpl.use("agg")
 from matplotlib import pyplot as plt
 
+from hlrlhf.runs import Run
+
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 import echo  # noqa: E402
@@ -71,11 +73,11 @@ def command(*words: Any) -> str:
     return done.stdout
 
 
-def submit(flags: Iterable[str], *options: str) -> Path:
-    """Train as a user would; returns the run directory."""
+def submit(flags: Iterable[str], *options: str) -> Run:
+    """Train as a user would; returns the run."""
     sets = [word for flag in flags for word in ("--set", flag)]
     answer = command(HLRLHF, "submit", "--local", "--json", *options, *sets)
-    return Path(json.loads(answer)["directory"])
+    return Run(Path(json.loads(answer)["directory"]))
 
 
 def read(path: Path) -> Metrics:
@@ -102,8 +104,8 @@ def compare(folder: Path) -> dict[tuple[str, int], Metrics]:
     def train(seed: int) -> tuple[Metrics, Metrics]:
         own = values | {"seed": seed, "tag": f"seed-{seed}"}
         run = submit([f"{name}={value}" for name, value in own.items()], "--preset", "demo")
-        command(sys.executable, ROOT / "benchmarks" / "trl_ppo.py", run)
-        return read(run / "metrics.jsonl"), read(run / "trl.jsonl")
+        command(sys.executable, ROOT / "benchmarks" / "trl_ppo.py", run.directory)
+        return read(run.metrics), read(run.directory / "trl.jsonl")
 
     pairs = in_pairs(train, list(SEEDS))
     return {
@@ -120,8 +122,8 @@ def known(folder: Path) -> dict[tuple[float, int], Metrics]:
 
     def train(run: tuple[float, int]) -> Metrics:
         kl_coefficient, seed = run
-        directory = submit(echo.flags(models, folder / "echo", seed, kl_coefficient))
-        return read(directory / "metrics.jsonl")
+        done = submit(echo.flags(models, folder / "echo", seed, kl_coefficient))
+        return read(done.metrics)
 
     return in_pairs(train, [(beta, seed) for beta in KL_COEFFICIENTS for seed in SEEDS])
 
@@ -147,8 +149,8 @@ def alone(folder: Path) -> dict[tuple[Any, int], Metrics]:
             own |= {"tag": f"{alpha}-{rate:g}-{seed}", "epochs": 2, "only_optimize_lora": True}
             own |= {"lora.dim": 64, "lora.alpha": alpha}
             own |= {"lora.actor_lr": rate, "lora.critic_lr": rate}
-        directory = submit([f"{name}={value}" for name, value in own.items()], "--preset", "demo")
-        return read(directory / "metrics.jsonl")
+        done = submit([f"{name}={value}" for name, value in own.items()], "--preset", "demo")
+        return read(done.metrics)
 
     return in_pairs(train, [(adapters, seed) for adapters in ADAPTERS for seed in ADAPTER_SEEDS])
 

@@ -25,6 +25,7 @@ from transformers import (
 )
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
+from hlrlhf.runs import Run
 from hlrlhf.settings import Settings
 from hlrlhf.settings.layers import load
 
@@ -108,7 +109,7 @@ def config(settings: Settings, prompts: int, output: str) -> PPOConfig:
 
 def train(run: Path) -> None:
     """Train on the run's models and prompts, from where the run itself started."""
-    settings = load(run / "settings.yaml")
+    settings = load(Run(run).settings_file)
     torch.set_num_threads(1)
     actor, critic = settings.actor.model_path, settings.critic.model_path
     reward = settings.reward.model_path or critic

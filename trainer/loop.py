@@ -75,7 +75,7 @@ def train(
     exports = Exports(settings, models, tokenizer, attempt)
     recorder = None
     if rank == 0:
-        board = attempt.run.directory / "tensorboard"
+        board = attempt.run.tensorboard
         if settings.tensorboard_path:
             # A folder outside the run directory may be shared by runs, whose names differ.
             board = Path(settings.tensorboard_path, attempt.run.name)

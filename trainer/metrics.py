@@ -55,12 +55,12 @@ class Recorder:
     """
 
     def __init__(self, attempt: Attempt, tensorboard: Path, total_steps: int, done: int = 0):
-        run = attempt.run.directory
+        run = attempt.run
         self._attempt = attempt
-        self._parameters = run / "parameters.json"
-        self._metrics = Lines(run / "metrics.jsonl")
-        self._samples = Lines(run / "samples.jsonl")
-        self._evaluations = Lines(run / "evaluations.jsonl")
+        self._parameters = run.parameters
+        self._metrics = Lines(run.metrics)
+        self._samples = Lines(run.samples)
+        self._evaluations = Lines(run.evaluations)
         self._board = Board(tensorboard)
         self._total = total_steps
         self._first = self._steps = done

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
 from operator import attrgetter
 from pathlib import Path
 
 import torch.distributed as dist
 
-from hlrlhf.settings import Settings
+from hlrlhf.settings import Settings, paths
 from hlrlhf.settings.names import env_name
 from hlrlhf.trainer.errors import TrainerError
 
@@ -22,7 +21,10 @@ def check_paths(settings: Settings) -> None:
     Raises:
         TrainerError: naming the path, the host and the setting.
     """
-    for name in _read(settings):
+    places = paths.places()
+    for name in paths.read(settings):
+        if places[name].kind == "data" and dist.get_rank() > 0:
+            continue  # rank 0 reads it for all
         value = attrgetter(name)(settings)
         for path in value if isinstance(value, tuple | list) else [value]:
             if path is None or not Path(path).is_absolute():
@@ -36,15 +38,3 @@ def check_paths(settings: Settings) -> None:
                     f"{path}: {what} on host {socket.gethostname()} ({env_name(name)}); it has to "
                     "lie where every node sees it, and where a container does (container.mounts)"
                 ) from error
-
-
-def _read(settings: Settings) -> Iterator[str]:
-    """The settings that name what this rank reads; presets may name more than a run uses."""
-    yield from ("actor.model_path", "actor.tokenizer_path", "critic.model_path")
-    yield "reference.model_path"
-    if settings.reward.model_weight:
-        yield "reward.model_path"
-    if dist.get_rank() == 0:
-        yield from ("dataset.path", "pretraining.path")
-        if settings.evaluation.interval:
-            yield "evaluation.path"

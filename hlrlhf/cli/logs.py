@@ -80,7 +80,7 @@ class _Log:
                     file.seek(self.copied.get(path, 0))
                     while chunk := file.read(_CHUNK):
                         if path != self._last:
-                            self._head(path, job)
+                            self._head(path, runs.Attempt(run, job.log_id, 0).log)
                         sys.stdout.buffer.write(chunk)
                         self.copied[path] = file.tell()
         sys.stdout.flush()
@@ -108,9 +108,9 @@ class _Log:
                 words += f"; `sacct -j {job.id}` and the node's own log of slurmd may say more"
             print(f"{run.name}: {printable(words)}", file=sys.stderr)
 
-    def _head(self, path: Path, job: runs.Job) -> None:
-        """Say on standard error which file follows, when there is more than one."""
+    def _head(self, path: Path, usual: Path) -> None:
+        """Say on standard error which file follows, unless it is one run's `usual` first one."""
         sys.stdout.flush()
-        if self._last is not None or len(self._jobs) > 1 or path.name != f"{job.log_id}.0.log":
+        if self._last is not None or len(self._jobs) > 1 or path.name != usual.name:
             print(f"==> {path} <==", file=sys.stderr, flush=True)
         self._last = path

@@ -12,7 +12,7 @@ from pathlib import Path
 from hlrlhf.jobs import start as starting
 from hlrlhf.jobs import states
 from hlrlhf.jobs.start import Started
-from hlrlhf.runs import Job, RunError
+from hlrlhf.runs import Job, Run, RunError
 from hlrlhf.settings.errors import printable
 from hlrlhf.settings.layers import Resolved
 from hlrlhf.slurm import client, script
@@ -34,7 +34,7 @@ def estimate(resolved: Resolved, environ: Mapping[str, str]) -> str:
         Rejected, SlurmError: Slurm would refuse the job, or could not be reached.
     """
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "job.sbatch")
+        file = Run(Path(folder)).script
         text = script.render(resolved, starting.directory(resolved), environ)
         file.write_text(text, encoding="utf-8")
         with _refusals_explained(resolved):

@@ -108,14 +108,14 @@ def run(
     """
     settings = resolved.settings
     attempt = Attempt(Run(directory), "local", 0)
-    log = Path(settings.log_file or directory / "logs" / "local.0.log")
+    log = Path(settings.log_file or attempt.log)
     log.parent.mkdir(parents=True, exist_ok=True)
     port = rendezvous_port(
         settings.master_port, keep=not resolved.is_default("master_port"), seed=os.getpid()
     )
     with contextlib.ExitStack() as stack:
         # The lock, not the process id, says that this launcher lives: ids are reused.
-        job = stack.enter_context((directory / "job.json").open())
+        job = stack.enter_context(attempt.run.job_file.open())
         fcntl.flock(job, fcntl.LOCK_EX)
         # Without a buffer, which would keep what a full disk has not taken, and fail for it later.
         output = stack.enter_context(log.open("ab", buffering=0))

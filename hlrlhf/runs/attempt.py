@@ -8,6 +8,7 @@ out that a newer one has begun.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,18 @@ class Attempt:
     def of(cls, run: Run, environ: Mapping[str, str]) -> Attempt:
         """The attempt of which this process is a rank, as its environment says."""
         return cls(run, environ.get("HLRLHF_JOB"), int(environ.get("HLRLHF_ATTEMPT", "0")))
+
+    @classmethod
+    def by_file(cls, run: Run, job: str, name: str) -> Attempt | None:
+        """The attempt of a job whose file in ``logs/`` has this name; None for other files."""
+        pattern = rf"{re.escape(job)}\.([0-9]{{1,9}})\.(log|exit|rank)"
+        match = re.fullmatch(pattern, name, re.ASCII)
+        return cls(run, job, int(match[1])) if match else None
+
+    @property
+    def log(self) -> Path:
+        """The file with what the ranks print, unless ``log_file`` names another."""
+        return self.run.logs / f"{self.job}.{self.number}.log"
 
     @property
     def said(self) -> Path:

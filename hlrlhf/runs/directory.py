@@ -48,7 +48,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory.
+    """A run directory; every name of a file or folder in it is here or in `Attempt`.
 
     Attributes:
         directory: absolute.
@@ -85,10 +85,44 @@ class Run:
         """The folder of logs and exit codes."""
         return self.directory / "logs"
 
+    def batch_log(self, job: Job) -> Path:
+        """What the batch shell, srun and Slurm say."""
+        return self.logs / f"{job.log_id}.batch.log"
+
+    @property
+    def parameters(self) -> Path:
+        """How many parameters train."""
+        return self.directory / "parameters.json"
+
     @property
     def metrics(self) -> Path:
         """One JSON object a step."""
         return self.directory / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        """One JSON object for each answer that was kept."""
+        return self.directory / "samples.jsonl"
+
+    @property
+    def evaluations(self) -> Path:
+        """One JSON object for each answer of an evaluation."""
+        return self.directory / "evaluations.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """The folder of event files, unless ``tensorboard_path`` names another."""
+        return self.directory / "tensorboard"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of saved models, unless ``checkpoint_path`` names another that takes them."""
+        return self.directory / "checkpoints"
+
+    @property
+    def skipped(self) -> Path:
+        """The folder of the batches at which a run stopped whose numbers were not finite."""
+        return self.directory / "skipped"
 
     @property
     def job_copy(self) -> Path | None:

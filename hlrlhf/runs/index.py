@@ -146,7 +146,8 @@ def _locked(index: Path) -> Iterator[None]:
 
 
 def _is_run(path: Path) -> bool:
-    return (path / "settings.yaml").is_file() or (path / "job.json").is_file()
+    run = Run(path)
+    return run.settings_file.is_file() or run.job_file.is_file()
 
 
 def _job_id(run: Run) -> str | None:

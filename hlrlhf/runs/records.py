@@ -6,7 +6,6 @@ import functools
 import json
 import math
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,16 +72,11 @@ def progress(run: Run) -> Progress | None:
 def attempts(run: Run, job: Job) -> dict[int, Outcome | None]:
     """The attempts of a job that left a trace, in order, each with how it said that it ended."""
     found: dict[int, Outcome | None] = {}
-    pattern = re.compile(rf"{re.escape(job.log_id)}\.([0-9]{{1,9}})\.(log|exit|rank)", re.ASCII)
     for name in _names(run.logs):
-        match = pattern.fullmatch(name)
-        if match is None:
-            continue
-        attempt = int(match[1])
-        if attempt not in found:
-            own = Attempt(run, job.log_id, attempt)
+        attempt = Attempt.by_file(run, job.log_id, name)
+        if attempt is not None and attempt.number not in found:
             # The ranks' word alone, where what started them could not repeat it.
-            found[attempt] = Outcome.read(own.ended) or own.heard()
+            found[attempt.number] = Outcome.read(attempt.ended) or attempt.heard()
     return dict(sorted(found.items()))
 
 
@@ -94,10 +88,10 @@ def log_files(run: Run, job: Job) -> list[Path]:
     Raises:
         SettingsError: ``settings.yaml`` is there and cannot be read.
     """
-    own = [run.logs / f"{job.log_id}.{attempt}.log" for attempt in attempts(run, job)]
+    own = [Attempt(run, job.log_id, number).log for number in attempts(run, job)]
     shared = _log_file(run)
     files = [shared] if shared else own
-    return [path for path in [*files, run.logs / f"{job.log_id}.batch.log"] if path.is_file()]
+    return [path for path in [*files, run.batch_log(job)] if path.is_file()]
 
 
 @functools.cache

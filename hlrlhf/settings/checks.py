@@ -90,6 +90,11 @@ _IDLE: tuple[tuple[tuple[str, ...], tuple[str, ...], Callable[[Settings], bool],
 )
 
 
+def idle(settings: Settings) -> set[str]:
+    """Settings that have no effect, because others are not so."""
+    return {name for names, _, effective, _ in _IDLE if not effective(settings) for name in names}
+
+
 def contradictions(settings: Settings, values: Mapping[str, Given]) -> Iterator[Contradiction]:
     """Every group of settings that contradict each other: their names, and what to do.
 

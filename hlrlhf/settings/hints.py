@@ -74,7 +74,8 @@ def _seen_here_only(
 ) -> Iterator[str]:
     places = [Path(place) for place in (*_OWN, environ.get("TMPDIR", "")) if place.strip("/")]
     places = [Path(os.path.realpath(place)) for place in places if place.is_absolute()]
-    for name, path in paths.among(_values(resolved), paths.ON_NODES):
+    shared = {name for name, place in paths.places().items() if place.shared}
+    for name, path in paths.among(resolved.values, shared):
         if name == "environment.python" and resolved.settings.container.kind != "none":
             continue  # a path of the image's
         place = _own_place(Path(os.path.realpath(path)), places, mounts)
@@ -110,21 +111,11 @@ def _mounts(file: Path) -> list[_Mount]:
 
 def _missing(resolved: Resolved, made: Sequence[Path]) -> Iterator[str]:
     """Models and data that are paths, would be read, and do not exist here."""
-    settings = resolved.settings
-    unread = set()
-    if not settings.evaluation.interval:
-        unread.add("evaluation.path")
-    if not settings.reward.model_weight:
-        unread.add("reward.model_path")
-    for name, path in paths.among(_values(resolved), paths.MODELS_AND_DATA - unread):
+    for name, path in paths.among(resolved.values, paths.read(resolved.settings)):
         if os.path.exists(path):  # noqa: PTH110 - Path raises on odd names
             continue
         if not any(Path(path).is_relative_to(folder) for folder in made):
             yield _where(resolved, name, path)
-
-
-def _values(resolved: Resolved) -> dict[str, object]:
-    return {name: given.value for name, given in resolved.values.items()}
 
 
 def _where(resolved: Resolved, name: str, path: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import annotated_types
 from pydantic.fields import FieldInfo
 
-from hlrlhf.settings.schema import Allowed, Group, Settings
+from hlrlhf.settings.schema import Allowed, Group, Place, Settings
 
 # Spellings that the reference step-3 scripts read for the same thing.
 ALIASES = {
@@ -39,6 +39,7 @@ class Setting:
     mandatory: bool
     nullable: bool
     description: str
+    place: Place | None
 
     @property
     def is_list(self) -> bool:
@@ -90,7 +91,17 @@ def _describe(name: str, field: FieldInfo) -> Setting:
         mandatory=field.is_required(),
         nullable=nullable,
         description=field.description or "",
+        place=_place([*field.metadata, field.annotation]),
     )
+
+
+def _place(parts: Iterable[Any]) -> Place | None:
+    """The `Place` in an annotation, however deep."""
+    for part in parts:
+        place = part if isinstance(part, Place) else _place(typing.get_args(part))
+        if place is not None:
+            return place
+    return None
 
 
 _WORDS = {int: "integer", float: "number", bool: "boolean", str: "text"}

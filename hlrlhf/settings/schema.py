@@ -25,6 +25,23 @@ class Allowed:
     words: str
 
 
+@dataclass(frozen=True)
+class Place:
+    """Says of a text that it names a file or a folder, and what that is to the run.
+
+    Attributes:
+        kind: what a run makes of it. Only an output is always a path: models and data may be names
+            on the Hub, an image one in a registry, a template one on the search path, and a
+            command one on PATH.
+        shared: whether all nodes of a run have to see it.
+        mounted: whether a container gets it, under its own path.
+    """
+
+    kind: Literal["output", "model", "data", "image", "template", "command"]
+    shared: bool = True
+    mounted: bool = False
+
+
 def _no_control(text: str) -> str:
     """Refuse control characters and line separators.
 
@@ -42,6 +59,9 @@ def _no_control_but_tab(text: str) -> str:
 
 
 Text = Annotated[str, StringConstraints(min_length=1), AfterValidator(_no_control)]
+Output = Annotated[Text, Place("output", mounted=True)]
+Model = Annotated[Text, Place("model", mounted=True)]
+Data = Annotated[Text, Place("data", mounted=True)]
 # With newlines: it reaches settings.yaml and the trainer, never a script.
 StopString = Annotated[str, StringConstraints(min_length=1)]
 # The recipe cache's own setting is a list with commas.
@@ -100,7 +120,7 @@ class Group(BaseModel):
 class Trained(Group):
     """What actor and critic have in common."""
 
-    model_path: Text
+    model_path: Model
     learning_rate: Rate = Field(1e-5, description="Peak learning rate.")
     weight_decay: NonNegative = Field(0.0, description="AdamW weight decay, on matrices only.")
     dropout: Fraction = Field(
@@ -115,11 +135,11 @@ class Trained(Group):
 class Actor(Trained):
     """The policy that is trained."""
 
-    model_path: Text = Field(
+    model_path: Model = Field(
         description="Actor checkpoint: a Hugging Face folder or Hub name; the reference is read "
         "from it too, unless `reference.model_path` is set."
     )
-    tokenizer_path: Text | None = Field(
+    tokenizer_path: Model | None = Field(
         None,
         description="The actor's tokenizer: a folder or Hub name; unset: the one in the actor's "
         "folder or, if it holds none, of the model that its config.json names in _name_or_path.",
@@ -129,7 +149,7 @@ class Actor(Trained):
 class Critic(Trained):
     """The value model that is trained."""
 
-    model_path: Text = Field(
+    model_path: Model = Field(
         description="Critic checkpoint: a DeepSpeed-Chat step-2 folder, or a Hugging Face "
         "sequence classifier with one label."
     )
@@ -138,7 +158,7 @@ class Critic(Trained):
 class Reference(Group):
     """The frozen policy that the KL penalty is measured against."""
 
-    model_path: Text | None = Field(
+    model_path: Model | None = Field(
         None,
         description="Reference checkpoint, with the actor's tokenizer: name the policy that "
         "training once began with where the actor has been trained on; unset: the actor's.",
@@ -152,7 +172,7 @@ class Reference(Group):
 class Reward(Group):
     """What scores answers: a frozen model, a Python function, or the weighted sum of both."""
 
-    model_path: Text | None = Field(
+    model_path: Model | None = Field(
         None, description="Reward checkpoint, in the critic's formats; unset: the critic's."
     )
     model_weight: NonNegative = Field(
@@ -223,7 +243,7 @@ class Hpz(Group):
 class Dataset(Group):
     """Where prompts come from."""
 
-    path: Annotated[list[Text], Field(min_length=1)] = Field(
+    path: Annotated[list[Data], Field(min_length=1)] = Field(
         description="Prompt data: folders from save_to_disk, Hub names, JSON, JSONL, parquet or "
         "CSV files; several are blended."
     )
@@ -327,7 +347,7 @@ class Ppo(Group):
 class Pretraining(Group):
     """A language-modelling loss beside the actor's, against forgetting (PPO-ptx)."""
 
-    path: Text | None = Field(
+    path: Data | None = Field(
         None,
         description="Texts to go on learning from, in the forms of `dataset.path`; unset: none.",
     )
@@ -351,7 +371,7 @@ class Evaluation(Group):
         "and after the last; 0 never does.",
         json_schema_extra=unit("steps"),
     )
-    path: Text | None = Field(
+    path: Data | None = Field(
         None,
         description="Held-out prompts, in the forms of dataset.path; unset: taken out of the "
         "training prompts.",
@@ -413,7 +433,8 @@ class Hpu(Group):
     lazy_mode: bool = Field(
         False, description="Run in lazy mode (PT_HPU_LAZY_MODE=1) rather than eager mode."
     )
-    recipe_cache_path: NoComma | None = Field(
+    # Each node's own.
+    recipe_cache_path: Annotated[NoComma, Place("output", shared=False)] | None = Field(
         None,
         description="Folder on a node-local disk for compiled recipes, without a comma; unset: "
         "no cache.",
@@ -477,7 +498,8 @@ class Slurm(Group):
     srun_args: list[Text] = Field(
         [], description="Further arguments of srun, one each; none that the script gives."
     )
-    template: Text | None = Field(
+    # Read where the script is made.
+    template: Annotated[Text, Place("template", shared=False)] | None = Field(
         None, description="Site template, a path or a name on the search path; unset: ours."
     )
 
@@ -486,7 +508,9 @@ class Container(Group):
     """The container that each rank runs in."""
 
     kind: ContainerKind = Field("none", description="Container runtime.")
-    image: Text | None = Field(None, description="Image: a file, a name or a URI.")
+    image: Annotated[Text, Place("image")] | None = Field(
+        None, description="Image: a file, a name or a URI."
+    )
     mounts: list[Text] = Field(
         [],
         description="Further mounts, source:target; the run, the models and the data are mounted "
@@ -503,7 +527,7 @@ class Environment(Group):
         description="Shell lines to run first on the first node, such as module load; the first "
         "that fails ends the job.",
     )
-    python: Text = Field(
+    python: Annotated[Text, Place("command")] = Field(
         "python3",
         description="Python that has hlrlhf[train]; with a container, the container's own.",
     )
@@ -513,7 +537,10 @@ class Settings(Group):
     """All settings of a run."""
 
     tag: Tag = Field(description="Name of the run; its directory has this name, its job too.")
-    base_out_path: Text = Field(description="Folder in which each run gets its directory.")
+    # A container gets the run's directory alone.
+    base_out_path: Annotated[Text, Place("output")] = Field(
+        description="Folder in which each run gets its directory."
+    )
     num_nodes: Positive = Field(1, description="Nodes.")
     devices_per_node: Positive = Field(8, description="Devices, and so ranks, on each node.")
     device: Device = Field("hpu", description="What the ranks run on.")
@@ -569,15 +596,16 @@ class Settings(Group):
     network_interface: Text | None = Field(
         None, description="Network interface for the collectives; unset: they find their own."
     )
-    tensorboard_path: Text | None = Field(
+    tensorboard_path: Output | None = Field(
         None,
         description="TensorBoard folder, in which the run gets one of its own; unset: tensorboard/ "
         "in the run directory.",
     )
-    log_file: Text | None = Field(
+    # The batch script's shell writes it, outside of a container.
+    log_file: Annotated[Text, Place("output")] | None = Field(
         None, description="Log of the ranks; unset: one file per attempt in the run directory."
     )
-    checkpoint_path: Text | None = Field(
+    checkpoint_path: Output | None = Field(
         None,
         description="Folder of saved models, in which the run gets one of its own; unset: "
         "checkpoints/ in the run directory.",

@@ -12,7 +12,7 @@ import os
 import re
 import shlex
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import jinja2.bccache
 from markupsafe import Markup
 
 from hlrlhf import __version__
+from hlrlhf.settings import paths
 from hlrlhf.settings.errors import Problem, SettingsError
 from hlrlhf.settings.layers import Resolved
 from hlrlhf.settings.schema import Settings
@@ -56,7 +57,8 @@ def render(resolved: Resolved, run_directory: Path, environ: Mapping[str, str]) 
                 run_name=run_directory.name,
                 run_directory=str(run_directory),
                 gres=_gres(settings),
-                mounts=_mounts(settings, run_directory),
+                mounts=_mounts(resolved, run_directory),
+                outputs=_outputs(resolved),
                 port_is_set=not resolved.is_default("master_port"),
             )
         )
@@ -199,30 +201,27 @@ def _gres(settings: Settings) -> str | None:
     return ":".join(part for part in parts if part) if settings.gres_name else None
 
 
-def _mounts(settings: Settings, run_directory: Path) -> list[str]:
+def _mounted(resolved: Resolved) -> Iterator[tuple[str, str]]:
+    """The paths that a container gets besides the run's directory, each with its setting."""
+    mounted = {name for name, place in paths.places().items() if place.mounted}
+    return paths.among(resolved.values, mounted)
+
+
+def _outputs(resolved: Resolved) -> list[str]:
+    """Those of them that the run makes, and that need not be there yet."""
+    places = paths.places()
+    return [path for name, path in _mounted(resolved) if places[name].kind == "output"]
+
+
+def _mounts(resolved: Resolved, run_directory: Path) -> list[str]:
     """``source:target`` of all that a container has to see, each under its own path.
 
     Raises:
         SettingsError: a path holds a character that separates mounts.
     """
-    if settings.container.kind == "none":
+    if resolved.settings.container.kind == "none":
         return []
-    wanted = {
-        "base_out_path": str(run_directory),
-        "tensorboard_path": settings.tensorboard_path,
-        "checkpoint_path": settings.checkpoint_path,
-        "actor.model_path": settings.actor.model_path,
-        "actor.tokenizer_path": settings.actor.tokenizer_path,
-        "critic.model_path": settings.critic.model_path,
-        "reference.model_path": settings.reference.model_path,
-        "reward.model_path": settings.reward.model_path,
-        "pretraining.path": settings.pretraining.path,
-        "evaluation.path": settings.evaluation.path,
-    }
-    named = [(name, path) for name, path in wanted.items() if path]
-    named += [("dataset.path", path) for path in settings.dataset.path]
-    # A model or data set that is no absolute path is the name of one on the Hub.
-    named = [(name, path) for name, path in named if path.startswith("/")]
+    named = [("base_out_path", str(run_directory)), *_mounted(resolved)]
     problems = [
         Problem(f"{name} = {path!r}", "a container cannot mount a path with a colon or a comma")
         for name, path in named
@@ -230,5 +229,5 @@ def _mounts(settings: Settings, run_directory: Path) -> list[str]:
     ]
     if problems:
         raise SettingsError(problems)
-    paths = dict.fromkeys(path for _, path in named)
-    return [f"{path}:{path}" for path in paths] + settings.container.mounts
+    sources = dict.fromkeys(path for _, path in named)
+    return [f"{path}:{path}" for path in sources] + resolved.settings.container.mounts

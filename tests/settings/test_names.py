@@ -11,6 +11,7 @@ from hlrlhf.settings.names import (
     settings_by_env,
     settings_by_name,
 )
+from hlrlhf.settings.schema import Place
 
 
 def test_one_rule_for_all_names() -> None:
@@ -31,6 +32,29 @@ def test_each_setting_is_described(setting) -> None:  # type: ignore[no-untyped-
     assert setting.description
     assert setting.description.endswith(".") or setting.description.startswith("--")
     assert setting.type.removeprefix("list of ") in ("integer", "number", "boolean", "text")
+
+
+def test_each_setting_that_is_called_a_path_says_what_it_is_to_the_run() -> None:
+    for name, setting in settings_by_name().items():
+        if name.endswith(("path", "_file", "_folder", "_dir")):
+            assert setting.place is not None, f"{name} needs a Place in the schema"
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("actor.model_path", Place("model", mounted=True)),
+        ("actor.tokenizer_path", Place("model", mounted=True)),
+        ("dataset.path", Place("data", mounted=True)),
+        ("checkpoint_path", Place("output", mounted=True)),
+        ("log_file", Place("output")),
+        ("hpu.recipe_cache_path", Place("output", shared=False)),
+        ("environment.python", Place("command")),
+        ("reward.function", None),
+    ],
+)
+def test_places_are_found_under_null_and_in_lists(name: str, place: Place | None) -> None:
+    assert settings_by_name()[name].place == place
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ class Guard:
         self.skipped += not applied
         if self._in_a_row < self._limits.max_skipped:
             return
-        folder = self._attempt.run.directory / "skipped"
+        folder = self._attempt.run.skipped
         tensors = {name: value.cpu().contiguous() for name, value in asdict(experience).items()}
         where = f"the last batch is in {folder}. Look there at `scores` first"
         self._attempt.check()

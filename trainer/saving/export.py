@@ -58,7 +58,7 @@ class Exports:
     ):
         self._interval = settings.save_interval
         self._save = lambda folder: save_models(folder, models, tokenizer, attempt)
-        own = attempt.run.directory / "checkpoints"
+        own = attempt.run.checkpoints
         # A folder outside the run directory may be shared by runs, whose names differ.
         path = settings.checkpoint_path
         self._folders = [Path(path, attempt.run.name)] if path else []
