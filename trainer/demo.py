@@ -25,7 +25,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -35,6 +34,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    LlamaModel,
     PreTrainedTokenizerFast,
 )
 from transformers.utils.logging import disable_progress_bar
@@ -86,7 +86,7 @@ PARTS = (
 class RewardModel(nn.Module):
     """A transformer without head and a scalar on top, under DeepSpeed-Chat's names."""
 
-    def __init__(self, base: Any):
+    def __init__(self, base: LlamaModel):
         super().__init__()
         self.rwtransformer = base
         self.v_head = nn.Linear(base.config.hidden_size, 1, bias=False)
@@ -124,7 +124,7 @@ def write_rows(count: int, seed: int) -> Rows:
     return rows
 
 
-def train_tokenizer(texts: list[str]) -> Any:
+def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer that puts ``<s>`` in front; pad, bos and eos are three tokens."""
     pad, bos, eos = special = ["<pad>", "<s>", "</s>"]
     tokenizer = Tokenizer(models.BPE())
@@ -145,7 +145,7 @@ def train_tokenizer(texts: list[str]) -> Any:
     )
 
 
-def encode(tokenizer: Any, rows: Rows) -> tuple[Tensor, Tensor]:
+def encode(tokenizer: PreTrainedTokenizerFast, rows: Rows) -> tuple[Tensor, Tensor]:
     """All rows with the chosen, then all with the rejected answer, each closed by EOS.
 
     Returns token ids and mask, right-padded, [2b, seq_len].
@@ -179,7 +179,7 @@ def fit(
             schedule.step()
 
 
-def train_actor(tokenizer: Any, rows: Rows) -> Any:
+def train_actor(tokenizer: PreTrainedTokenizerFast, rows: Rows) -> LlamaForCausalLM:
     """Step 1, supervised fine-tuning: on good and bad answers alike, for PPO to choose from."""
     special = {
         "pad_token_id": tokenizer.pad_token_id,
@@ -187,7 +187,7 @@ def train_actor(tokenizer: Any, rows: Rows) -> Any:
         "eos_token_id": tokenizer.eos_token_id,
     }
     width = 64
-    actor: Any = LlamaForCausalLM(
+    actor = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=width,
@@ -216,7 +216,9 @@ def train_actor(tokenizer: Any, rows: Rows) -> Any:
     return actor
 
 
-def train_reward(tokenizer: Any, rows: Rows, actor: Any) -> RewardModel:
+def train_reward(
+    tokenizer: PreTrainedTokenizerFast, rows: Rows, actor: LlamaForCausalLM
+) -> RewardModel:
     """Step 2, the reward model: from the actor's weights, by the pairwise logistic loss."""
     reward = RewardModel(copy.deepcopy(actor.model))
 
@@ -233,7 +235,7 @@ def train_reward(tokenizer: Any, rows: Rows, actor: Any) -> RewardModel:
     return reward
 
 
-def as_classifier(reward: RewardModel) -> Any:
+def as_classifier(reward: RewardModel) -> LlamaForSequenceClassification:
     """The same reward model as Hugging Face's sequence classifier with one label."""
     config = copy.deepcopy(reward.rwtransformer.config)
     config.num_labels = 1

@@ -8,10 +8,10 @@ activation checkpointing computes again, do not count.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from hlrlhf.trainer.models.forwards import Policy, Scorer, unwrapped
 
@@ -82,7 +82,7 @@ def cost(model: Policy | Scorer) -> Cost:
     )
 
 
-def _share(config: Any) -> float:
+def _share(config: PretrainedConfig) -> float:
     """Of a mixture's experts, the part that a token is sent to; all where that is not known."""
     names = ("num_local_experts", "num_experts", "n_routed_experts")
     counts = [count for name in names if (count := getattr(config, name, None))]

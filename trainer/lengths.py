@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from hlrlhf.settings import Settings
 from hlrlhf.trainer.data import reading
@@ -12,7 +12,7 @@ from hlrlhf.trainer.errors import TrainerError
 from hlrlhf.trainer.models import frozen, loading
 
 
-def longest(config: Any) -> int | None:
+def longest(config: PretrainedConfig) -> int | None:
     """Tokens that a model can tell the places of, None where that has no end (ALiBi, recurrence).
 
     Learned embeddings have no more rows. Rotary ones could go on, but no further than this has
@@ -47,7 +47,6 @@ def check_lengths(settings: Settings, prompts: reading.Prompts) -> None:
     `scores.ModelScores`.
 
     Args:
-        settings: all of them.
         prompts: those of the run; what counts is the longest, not how long one might be.
 
     Raises:

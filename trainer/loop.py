@@ -34,7 +34,6 @@ def train(
     """Train actor and critic, and save them.
 
     Args:
-        settings: of the run.
         attempt: at the run.
         device: this rank's.
         warnings: how often this rank has been asked to stop early.

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from hlrlhf.settings import Settings
 from hlrlhf.trainer import flops, formulas
@@ -71,7 +72,6 @@ class Pace:
     """What a run does in a second.
 
     Args:
-        settings: of the run.
         actor, critic, reward: what the models cost; None without a reward model.
     """
 
@@ -139,7 +139,9 @@ def gradient_norms(models: Models) -> dict[str, float]:
     return norms
 
 
-def samples(rollout: Rollout, experience: Experience, tokenizer: Any) -> list[dict[str, Any]]:
+def samples(
+    rollout: Rollout, experience: Experience, tokenizer: PreTrainedTokenizerBase
+) -> list[dict[str, Any]]:
     """The first row of this rank's rollout."""
     # Picked out on the CPU: elsewhere, each length would be a shape to compile.
     tokens, mask = rollout.sequences[0].cpu(), rollout.attention_mask[0].bool().cpu()

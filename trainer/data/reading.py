@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from hlrlhf.settings import Settings
 from hlrlhf.trainer.data.rows import Rows
@@ -71,7 +72,9 @@ class Prompts:
         return cached[epoch]
 
 
-def load_prompts(settings: Settings, tokenizer: Any, device: torch.device) -> Prompts:
+def load_prompts(
+    settings: Settings, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> Prompts:
     """Every prompt of the run, on every rank.
 
     Rank 0 prints how many there are, and how many were dropped as too long or are held out.
@@ -98,7 +101,7 @@ def load_prompts(settings: Settings, tokenizer: Any, device: torch.device) -> Pr
     return Prompts(ids, settings.seed, held_out)
 
 
-def read(path: str, settings: Settings, tokenizer: Any) -> Rows:
+def read(path: str, settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Rows:
     """The prompts of one data set as token ids, those that are too long left out and counted.
 
     Raises:
@@ -205,7 +208,7 @@ def _text(name: str, value: Any) -> str:
     return value
 
 
-def _prompt(tokenizer: Any, name: str, value: Any) -> str:
+def _prompt(tokenizer: PreTrainedTokenizerBase, name: str, value: Any) -> str:
     """The prompt in a cell: text as it is, a transcript or a chat up to its last answer."""
     if isinstance(value, str):
         if name != "chosen":
@@ -236,13 +239,13 @@ def _is_turn(turn: Any) -> bool:
     return isinstance(turn.get("content"), str | list) or bool(turn.get("tool_calls"))
 
 
-def tokenized(prompts: Sequence[str], tokenizer: Any) -> Iterator[list[int]]:
+def tokenized(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
     """All texts of a data set as token ids, see `tokenize`; few are in memory at once."""
     for begin in range(0, len(prompts), SIDE_BY_SIDE):
         yield from tokenize(prompts[begin : begin + SIDE_BY_SIDE], tokenizer)
 
 
-def tokenize(prompts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+def tokenize(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Texts, or chats alone, as token ids, in one call: tokenizers work on many side by side.
 
     No text ends with an end token, which an answer cannot follow.
@@ -258,7 +261,7 @@ def tokenize(prompts: Sequence[str], tokenizer: Any) -> list[list[int]]:
     return [ids[:-1] if ids and ids[-1] == end else ids for ids in texts]
 
 
-def encode(texts: list[str], tokenizer: Any) -> list[list[int]]:
+def encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Texts as token ids, with what the tokenizer puts in front, without an end that it puts.
 
     A text that begins with BOS already gets no other one.
@@ -272,7 +275,7 @@ def encode(texts: list[str], tokenizer: Any) -> list[list[int]]:
     return rows
 
 
-def _with_one_bos(rows: list[list[int]], tokenizer: Any) -> list[list[int]]:
+def _with_one_bos(rows: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     twice = [tokenizer.bos_token_id] * 2
     return [ids[1:] if ids[:2] == twice else ids for ids in rows]
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from datasets import DatasetDict, load_dataset, load_dataset_builder, load_from_disk
+from datasets import Dataset, DatasetDict, load_dataset, load_dataset_builder, load_from_disk
 
 from hlrlhf.trainer.data import faults
 from hlrlhf.trainer.errors import TrainerError
@@ -95,7 +95,7 @@ def _column(
     return cells
 
 
-def _open(path: str, split: str, cache: str) -> Any:
+def _open(path: str, split: str, cache: str) -> Dataset:
     local = Path(path)
     if not local.exists():
         return load_dataset(path, split=split)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from hlrlhf.settings import Settings
 from hlrlhf.trainer.device import Device
+from hlrlhf.trainer.models.forwards import Placed
 
 # Is shown the logits [b, v] of every token, before temperature and truncation.
 Witness = Callable[[Tensor], None]
@@ -60,7 +61,7 @@ class Decoder(Protocol):
         """How."""
 
     def __call__(
-        self, policy: Any, prompts: Sequence[list[int]], witness: Witness | None = None
+        self, policy: Placed, prompts: Sequence[list[int]], witness: Witness | None = None
     ) -> Decoded:
         """Sample one answer to each prompt.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any
 
 import deepspeed
 import torch
@@ -14,6 +13,7 @@ from hlrlhf.settings import Settings
 from hlrlhf.trainer.decoding.decoder import Decoded, Witness
 from hlrlhf.trainer.decoding.plain import Plain
 from hlrlhf.trainer.errors import TrainerError
+from hlrlhf.trainer.models.forwards import Placed
 from hlrlhf.trainer.models.loading import UNREADABLE
 
 OFF = "set HL_HYBRID_ENGINE=0"
@@ -39,7 +39,7 @@ class Hybrid(Plain):
     """
 
     def __call__(
-        self, policy: Any, prompts: Sequence[list[int]], witness: Witness | None = None
+        self, policy: Placed, prompts: Sequence[list[int]], witness: Witness | None = None
     ) -> Decoded:
         """Sample one answer to each prompt.
 

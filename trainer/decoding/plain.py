@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from hlrlhf.trainer.decoding.stopping import StopStrings
 from hlrlhf.trainer.device import Device
 from hlrlhf.trainer.models import forwards
 from hlrlhf.trainer.models.engine import gathered
+from hlrlhf.trainer.models.forwards import Placed
 
 
 class Plain:
@@ -30,7 +30,7 @@ class Plain:
 
     @torch.no_grad()
     def __call__(
-        self, policy: Any, prompts: Sequence[list[int]], witness: Witness | None = None
+        self, policy: Placed, prompts: Sequence[list[int]], witness: Witness | None = None
     ) -> Decoded:
         config, stop = self.sampling.config, self.sampling.stop
         ids, mask = reading.pad_left(prompts, config.pad_token_id, self.sampling.multiple)

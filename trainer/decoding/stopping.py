@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 
 class StopStrings:
@@ -27,7 +28,13 @@ class StopStrings:
         ends: for each answer the position of the token that ended it, from 0; -1 where none did.
     """
 
-    def __init__(self, strings: Sequence[str], tokenizer: Any, prompt_width: int, shortest: int):
+    def __init__(
+        self,
+        strings: Sequence[str],
+        tokenizer: PreTrainedTokenizerBase,
+        prompt_width: int,
+        shortest: int,
+    ):
         self.ends: list[int] = []
         self._strings = strings
         self._tokenizer = tokenizer

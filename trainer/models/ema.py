@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
 from hlrlhf.trainer.models import engine
@@ -21,7 +22,7 @@ class Average:
     otherwise rank 0 does it alone. Of adapters, each factor has an average of its own.
     """
 
-    def __init__(self, trained: Any, decay: float):
+    def __init__(self, trained: DeepSpeedEngine, decay: float):
         """Start at the weights as they are.
 
         Args:

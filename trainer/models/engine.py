@@ -11,6 +11,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed import DeepSpeedEngine
 from deepspeed.runtime import bf16_optimizer
 from deepspeed.utils import groups as rank_groups
 from deepspeed.utils import logger as deepspeed_logger
@@ -44,14 +45,12 @@ def start(device: Device) -> None:
 
 def trained(
     model: Policy | Scorer, own: Actor | Critic, settings: Settings, device: Device, updates: int
-) -> Any:
+) -> DeepSpeedEngine:
     """A DeepSpeed engine around a model that trains.
 
     Args:
         model: on any device; the engine moves it.
         own: the model's own settings.
-        settings: all of them.
-        device: the rank's.
         updates: optimizer steps of the whole run, the length of the schedule.
 
     Raises:
@@ -119,12 +118,13 @@ def trained(
     return engine
 
 
-def partitioned(model: Policy | Scorer, settings: Settings, in_host_memory: bool) -> Any:
+def partitioned(
+    model: Policy | Scorer, settings: Settings, in_host_memory: bool
+) -> DeepSpeedEngine:
     """A ZeRO-3 engine around a model that does not train.
 
     Args:
         model: on any device.
-        settings: all of them.
         in_host_memory: whether each rank's part lies there rather than on the device.
     """
     config = _config(settings, 3) | {
@@ -139,7 +139,7 @@ def partitioned(model: Policy | Scorer, settings: Settings, in_host_memory: bool
     return engine
 
 
-def descend(engine: Any, loss: Tensor) -> bool:
+def descend(engine: DeepSpeedEngine, loss: Tensor) -> bool:
     """Backward pass of a micro batch, and after the last of a minibatch the optimizer's step.
 
     A gradient that is not finite is dropped by all ranks together, and the step skipped.
@@ -155,7 +155,7 @@ def descend(engine: Any, loss: Tensor) -> bool:
     return not last or engine.was_step_applied()
 
 
-def _check_overflow(engine: Any) -> None:
+def _check_overflow(engine: DeepSpeedEngine) -> None:
     """What DeepSpeed's own optimizers do, for the plain one that it takes in fp32 without ZeRO.
 
     The gradients are those of all ranks by now, so all ranks find the same.
@@ -210,7 +210,7 @@ def learning_rate_factor(kind: str, warmup: int, updates: int) -> Callable[[int]
     return factor
 
 
-def whole_weights(engine: Any) -> dict[str, Tensor]:
+def whole_weights(engine: DeepSpeedEngine) -> dict[str, Tensor]:
     """A model's weights by name, whole, on the CPU of rank 0; all ranks have to call it.
 
     Returns:
@@ -228,7 +228,7 @@ def whole_weights(engine: Any) -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def gathered(engine: Any) -> Iterator[None]:
+def gathered(engine: DeepSpeedEngine) -> Iterator[None]:
     """Under ZeRO-3 hold every weight on every rank, so that a rollout runs without collectives.
 
     Gathering layer by layer at each token would be slow, and would hang as soon as one rank's

@@ -3,14 +3,39 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from hlrlhf.trainer import formulas
+
+
+class Placed(Protocol):
+    """A `Policy` or `Scorer` where it computes: DeepSpeed's engine, or a `frozen` copy."""
+
+    @property
+    def module(self) -> Any:
+        """The model itself."""
+
+    def __call__(self, *inputs: Any) -> Tensor:
+        """What the model's ``forward`` gives."""
+
+    def eval(self) -> Any:
+        """Begin to generate."""
+
+    def train(self) -> Any:
+        """Have generated."""
+
+    def zero_optimization_stage(self) -> int:
+        """The stage in which its weights are partitioned."""
+
+    @property
+    def optimizer(self) -> Any:
+        """Knows under ZeRO-3 where the weights are."""
 
 
 class Policy(nn.Module):
@@ -25,14 +50,14 @@ class Policy(nn.Module):
         generation_config: the checkpoint's own, which the saved model gets again.
     """
 
-    def __init__(self, lm: Any, logprob_chunk: int = 0):
+    def __init__(self, lm: PreTrainedModel, logprob_chunk: int = 0):
         super().__init__()
         self.lm = lm
         self.logprob_chunk = logprob_chunk
         self.generation_config = lm.generation_config
 
     @property
-    def inner(self) -> Any:
+    def inner(self) -> PreTrainedModel:
         """The Hugging Face model, in peft's wrapper when it has adapters."""
         return self.lm
 
@@ -117,7 +142,7 @@ class Scorer(nn.Module):
         score_at: ``end`` or ``before_end``, the token at which it learnt to give a text's score.
     """
 
-    def __init__(self, classifier: Any, score_at: str = "end"):
+    def __init__(self, classifier: PreTrainedModel, score_at: str = "end"):
         super().__init__()
         self.classifier = classifier
         self.score_at = score_at
@@ -125,7 +150,7 @@ class Scorer(nn.Module):
         classifier.score.__class__ = Head
 
     @property
-    def inner(self) -> Any:
+    def inner(self) -> PreTrainedModel:
         """The Hugging Face model, in peft's wrapper when it has adapters."""
         return self.classifier
 
@@ -182,12 +207,12 @@ def parameters(model: nn.Module) -> Parameters:
     )
 
 
-def unwrapped(model: Any) -> Any:
+def unwrapped(model: PreTrainedModel) -> PreTrainedModel:
     """The Hugging Face model under peft's wrapper, if there is one."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _positions(model: Any, attention_mask: Tensor) -> dict[str, Tensor]:
+def _positions(model: PreTrainedModel, attention_mask: Tensor) -> dict[str, Tensor]:
     """Position ids for models that take them, padding not counted; ALiBi reads the mask.
 
     Padding has the first: after a row as long as the model can read, there is no next one.

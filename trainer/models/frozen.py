@@ -7,13 +7,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch.distributed as dist
+from deepspeed import DeepSpeedEngine
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from hlrlhf.settings import Settings
 from hlrlhf.trainer.device import Device
 from hlrlhf.trainer.errors import TrainerError
 from hlrlhf.trainer.models import engine, loading, tokenizers
-from hlrlhf.trainer.models.forwards import Policy, Scorer
+from hlrlhf.trainer.models.forwards import Placed, Policy, Scorer
 
 
 class Copy:
@@ -25,9 +27,9 @@ class Copy:
         module: the `Policy` or `Scorer`.
     """
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Placed | Policy | Scorer):
         """Of an engine or of a model."""
-        self._model = model
+        self._model: Any = model
         self.module: Any = getattr(model, "module", model)
         self._generation = contextlib.ExitStack()
 
@@ -88,7 +90,7 @@ class WithoutAdapters(Copy):
     A scorer's head trains beside its adapters, so its first one takes its place.
     """
 
-    def __init__(self, trained: Any, first_head: nn.Module | None = None):
+    def __init__(self, trained: Placed, first_head: nn.Module | None = None):
         super().__init__(trained)
         self._head = () if first_head is None else (first_head,)
 
@@ -106,14 +108,14 @@ class WithoutAdapters(Copy):
             self.module.train(training)
 
 
-def reference(settings: Settings, tokenizer: Any, actor: Any, device: Device) -> Copy:
+def reference(
+    settings: Settings, tokenizer: PreTrainedTokenizerBase, actor: DeepSpeedEngine, device: Device
+) -> Copy:
     """The policy that the KL penalty is measured against.
 
     Args:
-        settings: all of them.
         tokenizer: the actor's.
         actor: the engine around the policy that trains.
-        device: the rank's.
 
     Raises:
         TrainerError: the checkpoint cannot be loaded, or does not fit the tokenizer.
@@ -136,7 +138,7 @@ def reference_path(settings: Settings) -> str:
     return settings.reference.model_path or settings.actor.model_path
 
 
-def check_reference(settings: Settings, tokenizer: Any) -> None:
+def check_reference(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> None:
     """Stop before any model loads when a reference of its own reads other tokens than the actor's.
 
     Raises:
@@ -156,16 +158,18 @@ def reward_path(settings: Settings) -> str:
 
 
 def reward_model(
-    settings: Settings, tokenizer: Any, critic: Any, first_head: nn.Module, device: Device
+    settings: Settings,
+    tokenizer: PreTrainedTokenizerBase,
+    critic: DeepSpeedEngine,
+    first_head: nn.Module,
+    device: Device,
 ) -> Copy:
     """The scorer of answers: `reward.model_path`, or what the critic started from.
 
     Args:
-        settings: all of them.
         tokenizer: the one whose tokens the model is given.
         critic: the engine around the scorer that trains.
         first_head: a copy of the critic's head from before training.
-        device: the rank's.
 
     Raises:
         TrainerError: the checkpoint cannot be loaded, or does not fit the tokenizer.
@@ -190,8 +194,6 @@ def copy(
     Args:
         model: on any device.
         zero_stage: that of the trained model which this one is a sibling of.
-        settings: all of them.
-        device: the rank's.
         in_host_memory: whether the device holds its weights only while it scores.
     """
     model.requires_grad_(False).eval()

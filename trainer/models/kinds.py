@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from transformers import PretrainedConfig
 from transformers.models.auto import modeling_auto
 
 from hlrlhf.trainer.errors import TrainerError
@@ -18,7 +17,7 @@ HEADS = {
 NEEDED = "a critic or reward model is a causal model's backbone with a head that scores"
 
 
-def check_policy(path: str, config: Any) -> None:
+def check_policy(path: str, config: PretrainedConfig) -> None:
     """Stop when a checkpoint is certainly no causal language model.
 
     Raises:
@@ -34,7 +33,7 @@ def check_policy(path: str, config: Any) -> None:
         )
 
 
-def check_scorer(path: str, config: Any, step2: bool) -> None:
+def check_scorer(path: str, config: PretrainedConfig, step2: bool) -> None:
     """Stop when a checkpoint is certainly no causal model with a head that scores.
 
     Args:
@@ -66,17 +65,17 @@ def check_scorer(path: str, config: Any, step2: bool) -> None:
         )
 
 
-def may_be_step2(config: Any) -> bool:
+def may_be_step2(config: PretrainedConfig) -> bool:
     """Whether a folder with this configuration can be one of step 2, which its weights tell."""
     return _reads(config) is None and _head(config) is None
 
 
-def name(config: Any) -> str:
+def name(config: PretrainedConfig) -> str:
     """The class that a configuration names, or the architecture where it names none."""
     return str((config.architectures or [config.model_type])[0])
 
 
-def _reads(config: Any) -> str | None:
+def _reads(config: PretrainedConfig) -> str | None:
     """How a model reads that is no decoder alone."""
     if getattr(config, "is_encoder_decoder", False):
         return f"is an encoder-decoder ({name(config)}), which reads prompts both ways"
@@ -87,10 +86,10 @@ def _reads(config: Any) -> str | None:
     return None
 
 
-def _head(config: Any) -> str | None:
+def _head(config: PretrainedConfig) -> str | None:
     return next((head for end, head in HEADS.items() if name(config).endswith(end)), None)
 
 
-def _is_causal(config: Any) -> bool:
+def _is_causal(config: PretrainedConfig) -> bool:
     """Whether the configuration names a causal language model."""
     return name(config) in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()

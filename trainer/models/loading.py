@@ -15,6 +15,8 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
 )
 from transformers.utils import cached_file
 
@@ -147,7 +149,7 @@ def _dtype(dtype: str) -> dict[str, torch.dtype]:
     return {"dtype" if version >= (4, 56) else "torch_dtype": DTYPES[dtype]}
 
 
-def _config(path: str, dropout: float) -> Any:
+def _config(path: str, dropout: float) -> PretrainedConfig:
     config = AutoConfig.from_pretrained(path)
     try:
         set_dropout(config, dropout)
@@ -156,7 +158,7 @@ def _config(path: str, dropout: float) -> Any:
     return config
 
 
-def _step2(path: str, config: Any, dtype: str) -> Any:
+def _step2(path: str, config: PretrainedConfig, dtype: str) -> PreTrainedModel:
     weights = read_weights(Path(path))
     try:
         config.num_labels = 1
@@ -179,7 +181,7 @@ def _from_step2(name: str, prefix: str) -> str:
     return name
 
 
-def _classifier(path: str, config: Any, dtype: str) -> Any:
+def _classifier(path: str, config: PretrainedConfig, dtype: str) -> PreTrainedModel:
     try:
         classifier, report = AutoModelForSequenceClassification.from_pretrained(
             path, config=config, output_loading_info=True, **_dtype(dtype)

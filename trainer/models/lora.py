@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -76,7 +74,7 @@ def _wrappable(model: Policy | Scorer) -> list[str]:
     return names
 
 
-def _layers(adapted: Any) -> dict[str, LoraLayer]:
+def _layers(adapted: PeftModel) -> dict[str, LoraLayer]:
     return {name: layer for name, layer in adapted.named_modules() if isinstance(layer, LoraLayer)}
 
 
@@ -97,7 +95,7 @@ def is_adapter(name: str) -> bool:
     return ".lora_A." in name or ".lora_B." in name
 
 
-def merged(model: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def merged(model: PeftModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights of the model without adapters, the adapters' part added to them.
 
     The model itself is left as it is, so that training can go on.

@@ -45,9 +45,7 @@ def load(
     Each is on the device before the next is read: the ranks of a node share its memory.
 
     Args:
-        settings: of the run.
         tokenizer: the actor's.
-        device: the rank's.
         updates: optimizer steps of the whole run.
 
     Raises:

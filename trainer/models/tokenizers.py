@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from hlrlhf.settings import Settings
@@ -24,7 +23,7 @@ class NoTokenizerError(TrainerError):
     """There is no whole tokenizer at a place; there may be one at another."""
 
 
-def actor_tokenizer(settings: Settings) -> Any:
+def actor_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
     """The tokenizer of a run, whose tokens actor and critic work on.
 
     Raises:
@@ -39,7 +38,7 @@ def actor_tokenizer(settings: Settings) -> Any:
     )
 
 
-def model_tokenizer(path: str, remedy: str) -> Any:
+def model_tokenizer(path: str, remedy: str) -> PreTrainedTokenizerBase:
     """The tokenizer that a model was trained with.
 
     It is the one beside the model or, as for DeepSpeed-Chat, whose folders hold parts of one alone,
@@ -67,7 +66,7 @@ def model_tokenizer(path: str, remedy: str) -> Any:
     raise NoTokenizerError(f"{why}; {where}; {remedy}")
 
 
-def held_tokenizer(path: str) -> Any | None:
+def held_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
     """The whole tokenizer beside a model, None where there is none.
 
     Raises:
@@ -79,7 +78,7 @@ def held_tokenizer(path: str) -> Any | None:
         return None
 
 
-def load_tokenizer(path: str) -> Any:
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder or of a Hub name.
 
     Raises:
@@ -116,7 +115,7 @@ def load_tokenizer(path: str) -> Any:
     )
 
 
-def foreign(held: Any | None, tokenizer: Any) -> bool:
+def foreign(held: PreTrainedTokenizerBase | None, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a model's tokenizer, if it has one, differs by more than tokens that one has more."""
     if held is None:
         return False
@@ -124,7 +123,7 @@ def foreign(held: Any | None, tokenizer: Any) -> bool:
     return not (one <= other or other <= one)
 
 
-def check_vocabulary(tokenizer: Any, role: str, model: Policy | Scorer) -> None:
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, role: str, model: Policy | Scorer) -> None:
     """Every token that the tokenizer can produce must have an embedding in the model.
 
     Raises:
@@ -138,7 +137,7 @@ def check_vocabulary(tokenizer: Any, role: str, model: Policy | Scorer) -> None:
         )
 
 
-def end_tokens(policy: Policy, tokenizer: Any) -> list[int]:
+def end_tokens(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids that end an answer.
 
     Raises:

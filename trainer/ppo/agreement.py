@@ -6,9 +6,8 @@ weights, graphs. PPO takes the two for one policy and is wrong, without a word, 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
+from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
 from hlrlhf.settings import Settings
@@ -64,7 +63,7 @@ class Agreement:
         self._left -= 1
         return Witness(self._settings)
 
-    def check(self, witness: Witness | None, actor: Any, rollout: Rollout) -> None:
+    def check(self, witness: Witness | None, actor: DeepSpeedEngine, rollout: Rollout) -> None:
         """See the function; nothing to check without a witness."""
         if witness is not None:
             check(witness, actor, rollout, self._settings, self._device)
@@ -72,7 +71,7 @@ class Agreement:
 
 @torch.no_grad()
 def check(
-    witness: Witness, actor: Any, rollout: Rollout, settings: Settings, device: Device
+    witness: Witness, actor: DeepSpeedEngine, rollout: Rollout, settings: Settings, device: Device
 ) -> None:
     """Stop when a rollout was sampled from another distribution than scoring finds.
 

@@ -19,6 +19,7 @@ from hlrlhf.settings import Settings
 from hlrlhf.trainer.data.rows import Rows
 from hlrlhf.trainer.decoding.decoder import Decoder
 from hlrlhf.trainer.device import Device
+from hlrlhf.trainer.models.forwards import Placed
 from hlrlhf.trainer.models.frozen import Copy
 from hlrlhf.trainer.ppo import rollout as rollouts
 from hlrlhf.trainer.ppo.experience import answer_logprobs
@@ -86,7 +87,7 @@ class Evaluation:
             self._reference = Answers(**columns, tokens=kept["tokens"])
 
     def __call__(
-        self, step: int, actor: Any, reference: Copy, scores: Callable[[Rollout], Tensor]
+        self, step: int, actor: Placed, reference: Copy, scores: Callable[[Rollout], Tensor]
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Sample an answer to every prompt and score it; all ranks have to call it.
 
@@ -130,7 +131,9 @@ class Evaluation:
         return means, records
 
     @torch.no_grad()
-    def _answer(self, actor: Any, reference: Copy, scores: Callable[[Rollout], Tensor]) -> Answers:
+    def _answer(
+        self, actor: Placed, reference: Copy, scores: Callable[[Rollout], Tensor]
+    ) -> Answers:
         settings, device, rank = self._settings, self._device, dist.get_rank()
         # Every rank takes as many rows, so that no forward of a partitioned model is one rank's
         # alone; where there are not enough prompts, the first come again and are left out below.
@@ -163,7 +166,7 @@ class Evaluation:
             ],
         )
 
-    def _kl(self, rollout: Rollout, actor: Any, reference: Copy) -> Tensor:
+    def _kl(self, rollout: Rollout, actor: Placed, reference: Copy) -> Tensor:
         """[b], the sampled estimate of the KL to the reference, in nats per answer."""
         actor.module.eval()
         own = answer_logprobs(actor, rollout, self._settings, self._device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch import Tensor
 from hlrlhf.settings import Settings
 from hlrlhf.trainer import formulas
 from hlrlhf.trainer.device import Device
+from hlrlhf.trainer.models.forwards import Placed
 from hlrlhf.trainer.models.roles import Models
 from hlrlhf.trainer.ppo.rewards import Rewards
 from hlrlhf.trainer.ppo.rollout import Rollout
@@ -63,7 +63,6 @@ def score(
         rollout: this rank's.
         models: actor, critic and reference.
         rewards: what scores the answers.
-        settings: of the run.
         kl_coefficient: weight of the KL penalty.
     """
     width = rollout.answer_width
@@ -96,13 +95,12 @@ def score(
     )
 
 
-def answer_logprobs(policy: Any, rollout: Rollout, settings: Settings, device: Device) -> Tensor:
+def answer_logprobs(policy: Placed, rollout: Rollout, settings: Settings, device: Device) -> Tensor:
     """Log-probs of a rollout's answers, micro batch by micro batch.
 
     Args:
         policy: an engine or see `frozen`.
         rollout: this rank's.
-        settings: of the run.
         device: to tell when a part of the work is complete.
 
     Returns:

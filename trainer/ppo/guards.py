@@ -23,9 +23,7 @@ class Guard:
     """Judges the steps of a run.
 
     Args:
-        settings: of the run.
         attempt: at the run.
-        device: the rank's.
 
     Attributes:
         skipped: steps so far without an update, or with a part of one.

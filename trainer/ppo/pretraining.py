@@ -7,11 +7,12 @@ This is PPO-ptx of "Training Language Models to Follow Instructions with Human F
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed import DeepSpeedEngine
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from hlrlhf.settings import Settings
 from hlrlhf.trainer.data import reading
@@ -25,8 +26,6 @@ class Mix:
 
     Args:
         rows: token ids, all of one length.
-        settings: all of them.
-        device: the rank's.
     """
 
     def __init__(self, rows: reading.Prompts, settings: Settings, device: Device):
@@ -35,7 +34,7 @@ class Mix:
         self._device = device
         self._taken = 0
 
-    def loss(self, actor: Any) -> tuple[Tensor, Tensor]:
+    def loss(self, actor: DeepSpeedEngine) -> tuple[Tensor, Tensor]:
         """The loss of this rank's next micro batch, ready for DeepSpeed, which divides by ranks.
 
         Args:
@@ -65,7 +64,7 @@ class Mix:
         self._taken = state["rows"] // (self._settings.world_size * self._settings.mbs)
 
 
-def load_mix(settings: Settings, tokenizer: Any, device: Device) -> Mix | None:
+def load_mix(settings: Settings, tokenizer: PreTrainedTokenizerBase, device: Device) -> Mix | None:
     """The texts on every rank, joined by end tokens and cut into rows; None when there are none.
 
     Raises:
@@ -81,7 +80,7 @@ def load_mix(settings: Settings, tokenizer: Any, device: Device) -> Mix | None:
     )
 
 
-def _rows(path: str, settings: Settings, tokenizer: Any) -> Rows:
+def _rows(path: str, settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Rows:
     texts = reading.read_texts(path, settings.dataset.split, settings.pretraining.column)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids = Rows.of(one + end for one in reading.tokenized(texts, tokenizer)).ids

@@ -133,11 +133,10 @@ class Normalizer:
         return normalized.to(scores)
 
 
-def check_rewards(settings: Settings, tokenizer: Any) -> None:
+def check_rewards(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> None:
     """Stop before any model loads when the scores of a run cannot be had.
 
     Args:
-        settings: all of them.
         tokenizer: the actor's.
 
     Raises:
@@ -169,7 +168,6 @@ def load_rewards(settings: Settings, tokenizer: PreTrainedTokenizerBase, models:
     """What scores the answers of a run, on the device.
 
     Args:
-        settings: of the run.
         tokenizer: the actor's.
         models: of which the critic may hold the reward model.
 
@@ -209,7 +207,9 @@ def _of_all_ranks(values: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def _own_tokenizer(settings: Settings, tokenizer: Any) -> Any | None:
+def _own_tokenizer(
+    settings: Settings, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedTokenizerBase | None:
     """The reward model's tokenizer, or None when the model works on the actor's tokens."""
     path = frozen.reward_path(settings)
     if settings.reward.own_tokenizer:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,6 +12,7 @@ from torch.nn.functional import pad
 from transformers import GenerationConfig
 
 from hlrlhf.trainer.decoding.decoder import Decoder, Witness
+from hlrlhf.trainer.models.forwards import Placed
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Rollout:
 
 
 def generate(
-    decoder: Decoder, policy: Any, prompts: Sequence[list[int]], witness: Witness | None = None
+    decoder: Decoder, policy: Placed, prompts: Sequence[list[int]], witness: Witness | None = None
 ) -> Rollout:
     """Sample one answer to each prompt; all ranks have to call it.
 

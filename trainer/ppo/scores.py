@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from hlrlhf.settings import Settings
 from hlrlhf.trainer.data import reading
 from hlrlhf.trainer.device import Device
 from hlrlhf.trainer.errors import TrainerError
+from hlrlhf.trainer.models.forwards import Placed
 from hlrlhf.trainer.ppo.rollout import Rollout
 
 
@@ -28,8 +30,6 @@ class ModelScores:
         tokenizer: the actor's.
         own: the reward model's tokenizer, if answers are to be encoded again with it.
         score_at: ``end`` or ``before_end``, the token at which the model is read.
-        settings: all of them.
-        device: the rank's.
         longest: tokens that the model can read, None where there is no end; in tokens of its own, a
             text that is longer keeps its end, where the answer is, and its BOS.
 
@@ -39,9 +39,9 @@ class ModelScores:
 
     def __init__(
         self,
-        model: Any,
-        tokenizer: Any,
-        own: Any | None,
+        model: Placed,
+        tokenizer: PreTrainedTokenizerBase,
+        own: PreTrainedTokenizerBase | None,
         score_at: str,
         settings: Settings,
         device: Device,
@@ -120,7 +120,7 @@ class FunctionScores:
         TrainerError: see `imported`.
     """
 
-    def __init__(self, name: str, tokenizer: Any):
+    def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase):
         self._name = name
         self._function = imported(name)
         self._tokenizer = tokenizer
@@ -212,7 +212,9 @@ def imported(name: str) -> Callable[[list[str], list[str]], Any]:
     return function
 
 
-def texts(rollout: Rollout, tokenizer: Any, *, answers: bool = True) -> list[str]:
+def texts(
+    rollout: Rollout, tokenizer: PreTrainedTokenizerBase, *, answers: bool = True
+) -> list[str]:
     """Prompts with their answers as text, or prompts alone: no padding, no special tokens.
 
     Args:
@@ -227,7 +229,9 @@ def texts(rollout: Rollout, tokenizer: Any, *, answers: bool = True) -> list[str
     return decoded
 
 
-def texts_for(own: Any, rollout: Rollout, tokenizer: Any) -> list[str]:
+def texts_for(
+    own: PreTrainedTokenizerBase, rollout: Rollout, tokenizer: PreTrainedTokenizerBase
+) -> list[str]:
     """Prompts with their answers as text for another tokenizer to encode.
 
     The BOS that begins a text and the end token that ends it are left out: `own` has its own. So

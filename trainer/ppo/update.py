@@ -25,7 +25,6 @@ def update(
         models: of which actor and critic are updated, and the average after each of the actor's
             steps.
         mix: of the language-modelling loss beside the actor's, or None.
-        settings: of the run.
 
     Returns:
         This rank's sums and weights of what the update shows, for `metrics.means`; and whether

@@ -12,10 +12,10 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed import DeepSpeedEngine
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -43,7 +43,6 @@ class Exports:
     """The Hugging Face folders that a run leaves: at an interval, and in the end.
 
     Args:
-        settings: of the run.
         models: what is saved.
         tokenizer: the actor's.
         attempt: at the run.
@@ -209,7 +208,11 @@ def _finish(unfinished: Path, folder: Path) -> None:
 
 
 def _save(
-    folder: Path, role: str, model: Policy | Scorer, weights: dict[str, Tensor], tokenizer: Any
+    folder: Path,
+    role: str,
+    model: Policy | Scorer,
+    weights: dict[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     inner = model.inner
     prefix = "lm." if isinstance(model, Policy) else "classifier."
@@ -247,7 +250,7 @@ def _of_the_disk(error: Exception) -> int:
     return int(number[1]) if number else 0
 
 
-def _size(engine: Any) -> int:
+def _size(engine: DeepSpeedEngine) -> int:
     """Bytes of a model's weights, partitioned or not, those that are tied once."""
     values = {id(value): value for value in engine.module.state_dict(keep_vars=True).values()}
     return sum(
