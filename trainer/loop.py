@@ -24,7 +24,9 @@ from hlrlhf.trainer.ppo.evaluation import Evaluation
 from hlrlhf.trainer.ppo.guards import Guard
 from hlrlhf.trainer.ppo.rewards import check_rewards, load_rewards
 from hlrlhf.trainer.ppo.update import update
+from hlrlhf.trainer.saving import export
 from hlrlhf.trainer.saving.export import Exports
+from hlrlhf.trainer.saving.keeping import Checkpoints
 from hlrlhf.trainer.state import State
 
 
@@ -53,8 +55,15 @@ def train(
     lengths.check_lengths(settings, prompts)
     mix = pretraining.load_mix(settings, tokenizer, device)
     total_steps = _total_steps(settings, prompts)
-
     rank = dist.get_rank()
+    checkpoints = Checkpoints(settings, attempt)
+    found = checkpoints.newest()
+    done = export.final(settings, attempt)
+    if done is not None and found is not None and found.step >= total_steps:
+        if rank == 0:
+            print(f"all {total_steps} steps are done, and actor and critic are in {done}")
+        return True
+
     device.seed(settings.seed)
     updates = total_steps * settings.ppo.epochs * settings.ppo.minibatches
     models = roles.load(settings, tokenizer, device, updates)
@@ -70,6 +79,8 @@ def train(
     guard = Guard(settings, attempt, device)
     evaluation = Evaluation(prompts.held_out, decoder, settings, device)
     state = State(models, rewards, kl, mix, guard, evaluation)
+    if found is not None:
+        state.restore(found.state())
 
     exports = Exports(settings, models, tokenizer, attempt)
     recorder = None
@@ -82,6 +93,8 @@ def train(
         trained = {"actor": models.actor.module, "critic": models.critic.module}
         recorder.models({role: forwards.parameters(model) for role, model in trained.items()})
         print(f"{total_steps} steps of {settings.gbs} prompts on {settings.world_size} ranks")
+        if found is not None:
+            print(f"{found.folder}: the run goes on after step {state.step}")
 
     def evaluated() -> dict[str, float]:
         """The numbers of an evaluation after the steps that are done; none where none is due."""
@@ -92,7 +105,7 @@ def train(
             recorder.evaluation(state.step, numbers, records)
         return numbers
 
-    evaluated()
+    numbers = evaluated()
     agreement = Agreement(settings, device)
     pace = measures.Pace(
         settings, flops.cost(models.actor.module), flops.cost(models.critic.module), rewards.cost
@@ -141,15 +154,23 @@ def train(
             aloud = interval > 0 and state.step % interval == 0
             recorder.samples(measures.samples(rollout, experience, tokenizer), aloud=aloud)
         # 6. Stop after a warning, or save and go on.
-        if state.step < total_steps:
-            if ranks.agreed(warnings() > 0, device):
-                break
-            exports.at(state.step)
+        reward = numbers.get("evaluation_reward")
+        wanted = rank == 0 and checkpoints.wanted(state.step, reward)
+        stop, save = ranks.votes([warnings() > 0, wanted], device)
+        if stop or state.step == total_steps:  # saved below
+            break
+        if save:
+            clock.start()
+            checkpoints.save(state, reward)
+            clock.lap("checkpoint_seconds")
+        exports.at(state.step)
 
-    complete = state.step == total_steps
+    complete = state.step >= total_steps
     heard = warnings()
+    if checkpoints.on or not complete:
+        checkpoints.save(state, numbers.get("evaluation_reward"), wait=True)
     place = exports.last(
-        "final" if complete else f"step-{state.step}",
+        export.FINAL if complete else f"step-{state.step}",
         lambda: ranks.agreed(warnings() > heard, device),
     )
     if recorder is not None:

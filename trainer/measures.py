@@ -33,7 +33,6 @@ class Clock:
     def start(self) -> None:
         """Begin the first part of a step."""
         self._last = time.perf_counter()
-        self._laps = {}
 
     def lap(self, name: str) -> None:
         """End a part, and begin the next."""
@@ -46,7 +45,8 @@ class Clock:
         """End the step: the seconds of its parts, and `seconds` of it all."""
         now = time.perf_counter()
         began, self._began = self._began, now
-        return self._laps | {"seconds": now - began}
+        laps, self._laps = self._laps, {}
+        return laps | {"seconds": now - began}
 
 
 def totals(rollout: Rollout, experience: Experience) -> dict[str, tuple[Tensor, Tensor]]:

@@ -42,9 +42,9 @@ def means(totals: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
 class Recorder:
     """Writes the lines of metrics, samples and evaluations, TensorBoard files, and the progress.
 
-    On a terminal the progress is a bar, elsewhere a plain line per step. Files are appended to, and
-    each record carries its attempt: nothing that an earlier attempt wrote is lost. What cannot be
-    written is a warning, see `hlrlhf.trainer.records`. Rank 0 only.
+    On a terminal the progress is a bar, elsewhere a plain line per step. The files of all attempts
+    read as one run: what an earlier one recorded of steps that are done again is dropped. What
+    cannot be written is a warning, see `hlrlhf.trainer.records`. Rank 0 only.
 
     Args:
         attempt: at the run, whose directory gets the files; an older one than the newest stops
@@ -61,10 +61,14 @@ class Recorder:
         self._metrics = Lines(run.metrics)
         self._samples = Lines(run.samples)
         self._evaluations = Lines(run.evaluations)
-        self._board = Board(tensorboard)
+        self._board = Board(tensorboard, done + 1 if done else 0)
         self._total = total_steps
         self._first = self._steps = done
-        self._rewards: list[float] = []
+        attempt.check()
+        for file in (self._metrics, self._samples, self._evaluations):
+            file.keep(done or None)
+        rewards = (record.get("reward") for record in self._metrics.records())
+        self._rewards = [reward for reward in rewards if reward is not None]
         self._began = time.perf_counter()
         self._bar = (
             tqdm(total=total_steps, initial=done, unit="step") if sys.stderr.isatty() else None

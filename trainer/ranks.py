@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -17,5 +19,10 @@ def summed(values: Tensor) -> Tensor:
 
 def agreed(flag: bool, device: Device) -> bool:
     """Whether any rank says yes; all ranks have to ask."""
-    votes = torch.tensor([float(flag)], device=device.torch)
-    return bool(summed(votes).item())
+    return votes([flag], device)[0]
+
+
+def votes(flags: Sequence[bool], device: Device) -> list[bool]:
+    """To each of several questions, whether any rank says yes; all ranks have to ask."""
+    counts = torch.tensor([float(flag) for flag in flags], device=device.torch)
+    return [bool(count) for count in summed(counts).tolist()]

@@ -10,11 +10,11 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
@@ -110,16 +110,44 @@ class Lines(Appended):
         if lines:
             self.add("".join(lines).encode(), len(lines))
 
+    def keep(self, up_to: int | None) -> None:
+        """Drop the records of steps that are about to be done again, and lines cut short.
+
+        Args:
+            up_to: the last step whose records stay; None for none.
+        """
+        lines = self._lines()
+        kept = [line for line in lines if up_to is not None and _is_of(line, up_to)]
+        if len(kept) < len(lines):
+            put(self._path, "".join(kept))
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """Those that are in the file, each a whole line."""
+        yield from map(json.loads, self._lines())
+
+    def _lines(self) -> list[str]:
+        try:
+            with self._path.open(encoding="utf-8", errors="replace") as file:
+                return file.readlines()
+        except OSError:  # as a rule, there is none yet
+            return []
+
 
 class Board(Appended):
     """TensorBoard's event file, in a folder that other runs and attempts may write into.
 
     Written here: TensorBoard's own writer is a thread, which ends with the first error.
+
+    Args:
+        folder: where.
+        first: what other files there say of this step and later ones is not to be shown.
     """
 
-    def __init__(self, folder: Path):
-        name = f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}"
+    def __init__(self, folder: Path, first: int):
+        writer = f"{socket.gethostname()}.{os.getpid()}.{first}"
+        name = f"events.out.tfevents.{time.time():010.0f}.{writer}"
         super().__init__(folder / name)
+        self._first = first
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Add a point to each curve."""
@@ -127,7 +155,10 @@ class Board(Appended):
         points = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
         event = Event(wall_time=now, step=step, summary=Summary(value=points))
         head = Event(wall_time=now, file_version="brain.Event:2")
-        self.add(_recorded(event), head=_recorded(head))
+        # As its own writer's `purge_step` does.
+        start = SessionLog(status=SessionLog.START)
+        purge = Event(wall_time=now, step=self._first, session_log=start)
+        self.add(_recorded(event), head=_recorded(head) + _recorded(purge))
 
 
 def put(path: Path, text: str) -> None:
@@ -149,6 +180,13 @@ def _line(record: dict[str, Any]) -> str:
         for name, value in record.items()
     }
     return json.dumps(said, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _is_of(line: str, up_to: int) -> bool:
+    try:
+        return bool(json.loads(line)["step"] <= up_to)
+    except (ValueError, LookupError, TypeError):
+        return False
 
 
 def _recorded(event: Any) -> bytes:

@@ -120,6 +120,11 @@ class Run:
         return self.directory / "checkpoints"
 
     @property
+    def resume(self) -> Path:
+        """The folder of the states that the run goes on from, unless ``checkpoint_path`` is set."""
+        return self.directory / "resume"
+
+    @property
     def skipped(self) -> Path:
         """The folder of the batches at which a run stopped whose numbers were not finite."""
         return self.directory / "skipped"

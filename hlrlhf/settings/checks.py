@@ -75,6 +75,12 @@ _IDLE: tuple[tuple[tuple[str, ...], tuple[str, ...], Callable[[Settings], bool],
         "nothing is evaluated: set evaluation.interval",
     ),
     (
+        ("checkpoint.keep_best",),
+        ("evaluation.interval",),
+        lambda settings: settings.evaluation.interval > 0,
+        "without evaluations none is the best: set evaluation.interval",
+    ),
+    (
         ("optimizer.grad_accum_dtype",),
         ("dtype",),
         lambda settings: settings.dtype == "bf16",

@@ -26,12 +26,12 @@ def places() -> dict[str, Place]:
 
 
 def read(settings: Settings) -> list[str]:
-    """The settings of the models and data that a run reads; presets may name more than it uses."""
+    """The settings that name what a run reads; presets may name more than it uses."""
     unread = idle(settings)
     return [
         name
         for name, place in places().items()
-        if place.kind in ("model", "data") and name not in unread
+        if place.kind in ("run", "model", "data") and name not in unread
     ]
 
 
@@ -49,7 +49,7 @@ def absolute(name: str, value: Any) -> Any:
     path = os.path.expanduser(value) if value.startswith("~") else value  # noqa: PTH111
     if place.kind == "command" and os.sep not in path:
         return path  # a command, even if a file here has the same name
-    named = place.kind != "output" and not path.startswith(("./", "../"))
+    named = place.kind not in ("output", "run") and not path.startswith(("./", "../"))
     if place.kind in ("model", "data"):
         # A name on the Hub has one slash at most and no suffix of a file of data.
         named = named and path.count("/") < 2 and not path.endswith(_DATA_FILES)

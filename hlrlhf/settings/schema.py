@@ -30,14 +30,14 @@ class Place:
     """Says of a text that it names a file or a folder, and what that is to the run.
 
     Attributes:
-        kind: what a run makes of it. Only an output is always a path: models and data may be names
-            on the Hub, an image one in a registry, a template one on the search path, and a
-            command one on PATH.
+        kind: what a run makes of it. Outputs and earlier runs are always paths: models and data may
+            be names on the Hub, an image one in a registry, a template one on the search path, and
+            a command one on PATH.
         shared: whether all nodes of a run have to see it.
         mounted: whether a container gets it, under its own path.
     """
 
-    kind: Literal["output", "model", "data", "image", "template", "command"]
+    kind: Literal["output", "run", "model", "data", "image", "template", "command"]
     shared: bool = True
     mounted: bool = False
 
@@ -381,6 +381,36 @@ class Evaluation(Group):
     )
 
 
+class Checkpoint(Group):
+    """What a run goes on from when it has been interrupted, to the last bit.
+
+    Its folders stand in the run directory's ``resume/``, or in that of ``checkpoint_path``.
+    """
+
+    interval: Count = Field(
+        0,
+        description="Save a checkpoint every so many steps; 0 goes by the time alone.",
+        json_schema_extra=unit("steps"),
+    )
+    minutes: NonNegative = Field(
+        30.0,
+        description="Save a checkpoint when the last one, or the start, is so long ago; 0 goes by "
+        "the steps alone. Where both are 0, a run saves one only when it is warned.",
+        json_schema_extra=unit("minutes"),
+    )
+    keep: Positive = Field(2, description="Checkpoints to keep, the newest ones.")
+    keep_best: bool = Field(
+        False,
+        description="Save and keep the checkpoint with the highest reward of an evaluation too.",
+    )
+    memory: NonNegative = Field(
+        8.0,
+        description="Host memory that a rank may copy its part of a checkpoint to, to train on "
+        "while it is written; where the part is larger, training waits. 0 always waits.",
+        json_schema_extra=unit("GB"),
+    )
+
+
 class Optimizer(Group):
     """AdamW, for actor and critic."""
 
@@ -610,6 +640,11 @@ class Settings(Group):
         description="Folder of saved models, in which the run gets one of its own; unset: "
         "checkpoints/ in the run directory.",
     )
+    resume_from: Annotated[Text, Place("run", mounted=True)] | None = Field(
+        None,
+        description="An earlier run's directory, or one of its checkpoints, to begin from instead "
+        "of the models' own weights: its steps count as done. Other settings may differ.",
+    )
     actor: Actor
     critic: Critic
     reference: Reference = Field(default_factory=Reference)
@@ -622,6 +657,7 @@ class Settings(Group):
     ppo: Ppo = Field(default_factory=Ppo)
     pretraining: Pretraining = Field(default_factory=Pretraining)
     evaluation: Evaluation = Field(default_factory=Evaluation)
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     optimizer: Optimizer = Field(default_factory=Optimizer)
     guard: Guard = Field(default_factory=Guard)
     hpu: Hpu = Field(default_factory=Hpu)

@@ -33,8 +33,11 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def record(run: Path, rewards: list[float], total: int | None = None, attempt: int = 0) -> str:
-    recorder = Recorder(tiny.attempt(run, attempt), run / "tensorboard", total or len(rewards))
+def record(
+    run: Path, rewards: list[float], total: int | None = None, attempt: int = 0, done: int = 0
+) -> str:
+    own = tiny.attempt(run, attempt)
+    recorder = Recorder(own, run / "tensorboard", total or len(rewards), done)
     for reward in rewards:
         recorder.step(values(reward))
         recorder.samples([{"prompt": "p", "answer": "ü\n", "score": reward}], aloud=False)
@@ -105,17 +108,27 @@ def test_the_time_left_is_that_of_the_steps_to_come(tmp_path: Path) -> None:
     assert left == pytest.approx([40.0, 15.0], abs=2.0)
 
 
-def test_a_second_attempt_adds_to_the_files(tmp_path: Path) -> None:
-    record(tmp_path, [1.0, 2.0])
-    record(tmp_path, [3.0], attempt=1)
+def test_the_files_of_two_attempts_read_as_one_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No step twice, and none missing: the second one goes on after the first step."""
+    record(tmp_path, [1.0, 2.0, 2.5])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "rew')
+
+    said = record(tmp_path, [3.0], total=2, attempt=1, done=1)
 
     for name in ("metrics.jsonl", "samples.jsonl"):
         found = [(line["attempt"], line["step"]) for line in lines(tmp_path / name)]
-        assert found == [(0, 1), (0, 2), (1, 1)]
+        assert found == [(0, 1), (1, 2)]
+    assert "step 2/2" in capsys.readouterr().out
+    assert said.startswith("mean reward 1.000 over the first step, 3.000 over the last step")
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in board.Scalars("reward")] == [(1, 1.0), (2, 3.0)]
     # Whoever reads the file sees letters, not escapes.
     assert "ü" in (tmp_path / "samples.jsonl").read_text(encoding="utf-8")
-    assert lines(tmp_path / "samples.jsonl")[2] == {
-        "step": 1,
+    assert lines(tmp_path / "samples.jsonl")[1] == {
+        "step": 2,
         "attempt": 1,
         "prompt": "p",
         "answer": "ü\n",

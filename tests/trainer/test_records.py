@@ -72,7 +72,7 @@ def test_a_part_that_a_killed_attempt_left_is_taken_away(tmp_path: Path) -> None
 def test_tensorboard_reads_what_was_written_before_and_after(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    board = records.Board(tmp_path)
+    board = records.Board(tmp_path, 0)
     with no_file_longer_than(3):
         board.scalars({"reward": 0.0, "kl": 0.0}, 1)
     board.scalars({"reward": 0.5}, 2)

@@ -155,11 +155,13 @@ class Evaluation:
                 # fp32 holds every token id up to 2^24.
                 table[batch.start : batch.stop, 4 : 4 + answers.shape[1]] = answers.cpu().float()
         found = summed(table.to(device.torch)).cpu()[: len(self._prompts)]
+        # Rows of their own: a mean over columns that lie apart adds up in another order.
+        scores, kl, ended = found[:, :3].T.contiguous()
         lengths = found[:, 3].int().tolist()
         return Answers(
-            scores=found[:, 0],
-            kl=found[:, 1],
-            ended=found[:, 2],
+            scores=scores,
+            kl=kl,
+            ended=ended,
             tokens=[
                 row[:length].int().tolist()
                 for row, length in zip(found[:, 4:], lengths, strict=True)

@@ -33,6 +33,7 @@ from hlrlhf.trainer.records import warn
 
 # Seconds until a last save that failed is tried again.
 PAUSE = 60
+FINAL = "final"
 
 
 class NotSavedError(TrainerError):
@@ -57,11 +58,7 @@ class Exports:
     ):
         self._interval = settings.save_interval
         self._save = lambda folder: save_models(folder, models, tokenizer, attempt)
-        own = attempt.run.checkpoints
-        # A folder outside the run directory may be shared by runs, whose names differ.
-        path = settings.checkpoint_path
-        self._folders = [Path(path, attempt.run.name)] if path else []
-        self._folders.append(own)
+        self._folders = _folders(settings, attempt)
 
     def at(self, step: int) -> None:
         """Save after so many steps, if it is time; a disk that is full costs the save alone."""
@@ -79,6 +76,18 @@ class Exports:
             TrainerError: no folder took the models.
         """
         return save_at_last([folder / name for folder in self._folders], self._save, asked_to_stop)
+
+
+def final(settings: Settings, attempt: Attempt) -> Path | None:
+    """Where the models of a run's end are, if it has come to that."""
+    folders = [folder / FINAL for folder in _folders(settings, attempt)]
+    return next((folder for folder in folders if folder.exists()), None)
+
+
+def _folders(settings: Settings, attempt: Attempt) -> list[Path]:
+    # A folder outside the run directory may be shared by runs, whose names differ.
+    path = settings.checkpoint_path
+    return [*([Path(path, attempt.run.name)] if path else []), attempt.run.checkpoints]
 
 
 def save_models(
