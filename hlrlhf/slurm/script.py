@@ -32,7 +32,6 @@ BASE = "job.sbatch.j2"
 # All of them but the tab, which a line of the site's own may hold.
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 
-
 def render(resolved: Resolved, run_directory: Path, environ: Mapping[str, str]) -> str:
     """The batch script of a run.
 
@@ -99,8 +98,13 @@ def _environment(template: str, environ: Mapping[str, str]) -> jinja2.Environmen
 class _Cache(jinja2.FileSystemBytecodeCache):
     """Compiled templates, by their text; compiling them is a third of the time of a render."""
 
+    # Where nothing can be read or written, there is no cache.
+
+    def load_bytecode(self, bucket: jinja2.bccache.Bucket) -> None:
+        with contextlib.suppress(OSError):
+            super().load_bytecode(bucket)
+
     def dump_bytecode(self, bucket: jinja2.bccache.Bucket) -> None:
-        # Where nothing can be written, there is no cache.
         with contextlib.suppress(OSError):
             Path(self.directory).mkdir(parents=True, exist_ok=True)
             super().dump_bytecode(bucket)
