@@ -15,13 +15,15 @@ def main() -> None:
     # Starting makes many objects and hardly any garbage: looking for it costs a tenth of the time.
     gc.set_threshold(100_000)
     from hlrlhf.cli.app import app
-    from hlrlhf.errors import HlrlhfError
+    from hlrlhf.errors import HlrlhfError, shortened
 
     try:
         app()
     except HlrlhfError as error:
+        from hlrlhf.settings.errors import printable
+
         for line in str(error).splitlines():
-            print(f"hlrlhf: {line}", file=sys.stderr)
+            print(f"hlrlhf: {printable(shortened(line))}", file=sys.stderr)
         sys.exit(error.exit_code)
     finally:
         # Else the interpreter, as it ends, searches all of it once more: a sixth of the time.

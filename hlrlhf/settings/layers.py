@@ -85,7 +85,11 @@ def resolve(
     for layer in layers:
         merged.update(layer)
     for name, given in merged.items():
-        merged[name] = given._replace(value=paths.absolute(name, given.value))
+        try:
+            merged[name] = given._replace(value=paths.absolute(name, given.value))
+        except FileNotFoundError:
+            what = "is relative to the current directory, which is gone; change to another one"
+            problems.append(Problem(_where(name, given.value, given.origin), what))
     missing = {
         setting.name: Problem(
             setting.name, f"is not set; give {setting.env}, or --set {setting.name}=…"
@@ -150,7 +154,9 @@ def dump(resolved: Resolved) -> str:
         lines.append(f"{indent}{key}: {text}  # {printable(str(given.origin))}")
     whole = "\n".join(lines) + "\n"
     if len(whole) > yamlfile.LIMIT:
-        what = f"together they are longer than {yamlfile.LIMIT} characters, all that a file can hold"
+        what = (
+            f"together they are longer than {yamlfile.LIMIT} characters, all that a file can hold"
+        )
         raise SettingsError([Problem("settings.yaml", what)])
     return whole
 

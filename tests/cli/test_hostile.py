@@ -47,3 +47,45 @@ def test_a_home_where_nothing_can_be_kept_is_no_reason_not_to_render(
     done = hlrlhf("render", cwd=tmp_path, HOME=place, XDG_CACHE_HOME="")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("#!/bin/bash\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environ", "said"),
+    [
+        (["presets"], {"HLRLHF_PRESET_PATH": "/" + LONG}, "HLRLHF_PRESET_PATH: /xxx"),
+        (["render", "--preset", "x"], {"HLRLHF_PRESET_PATH": "/" + LONG}, "File name too long"),
+        (["render", "--preset", LONG], {}, "no such preset"),
+        (["render", "--config", LONG], {}, "cannot be read: File name too long"),
+        (["render", "--template", LONG], {}, "the folders of HLRLHF_TEMPLATE_PATH"),
+        (["render", "--set", f"slurm.comment={LONG}\x1b[31m"], {}, "must not hold control"),
+        (["render", "--set", f"tag={NOT_TEXT}"], {}, "unicode"),
+        (["status"], {"XDG_STATE_HOME": "/" + LONG}, "File name too long"),
+        (["submit"], {"XDG_STATE_HOME": "/" + LONG}, "File name too long"),
+        (["submit"], {"HL_BASE_OUT_PATH": "/" + LONG}, "File name too long"),
+        (["logs", LONG], {}, "no such run"),
+        (["logs", "\x1b[31m"], {}, "\\x1b[31m: no such run"),
+        (["cancel", "\x1b[31m"], {}, "\\x1b[31m: no such run"),
+        (["logs", LONG + "/"], {}, "not a run directory"),
+        (["cancel", LONG], {}, "no such run"),
+        (["forget", LONG + "/"], {}, "not a run directory"),
+    ],
+)
+def test_what_cannot_be_is_said_in_a_few_words(
+    tmp_path: Path, arguments: list[str], environ: dict[str, str], said: str
+) -> None:
+    assert said in in_words(hlrlhf(*arguments, cwd=tmp_path, **environ))
+
+
+@pytest.mark.parametrize("command", [["render"], ["logs", "x"]])
+def test_a_current_directory_that_is_gone(tmp_path: Path, command: list[str]) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    done = subprocess.run(
+        ["bash", "-c", 'rmdir "$PWD"; exec "$@"', "-", sys.executable, "-m", "hlrlhf", *command],
+        cwd=gone,
+        env=os.environ | MANDATORY | {"HL_BASE_OUT_PATH": "runs"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "gone; change to another one" in in_words(done)
