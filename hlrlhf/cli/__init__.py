@@ -7,6 +7,7 @@ failed, 2 bad usage or settings or a job that Slurm refuses, 3 Slurm could not b
 from __future__ import annotations
 
 import gc
+import io
 import sys
 
 
@@ -17,6 +18,9 @@ def main() -> None:
     from hlrlhf.cli.app import app
     from hlrlhf.errors import HlrlhfError, shortened
 
+    # Scripts and files are UTF-8, whatever the terminal's encoding; names of files may be no text.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
     try:
         app()
     except HlrlhfError as error:

@@ -89,3 +89,27 @@ def test_a_current_directory_that_is_gone(tmp_path: Path, command: list[str]) ->
         check=False,
     )
     assert "gone; change to another one" in in_words(done)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "utf-8:strict"])
+@pytest.mark.parametrize("command", ["render", "show"])
+def test_a_script_is_utf8_whatever_the_terminals_encoding(
+    tmp_path: Path, command: str, encoding: str
+) -> None:
+    (tmp_path / f"{NOT_TEXT}.yaml").write_text("mbs: 2\n")
+    arguments = (command, "--config", f"{NOT_TEXT}.yaml", "--set", "slurm.comment=世")
+    done = hlrlhf(*arguments, cwd=tmp_path, PYTHONIOENCODING=encoding)
+    assert done.returncode == 0, done.stderr
+    assert "世" in done.stdout
+
+
+def test_files_and_values_cannot_drive_the_terminal(tmp_path: Path) -> None:
+    file = tmp_path / "\x1b[31m.yaml"
+    file.write_text("# red\u202e\ngeneration.stop: ['\u202e']\n")
+    shown = hlrlhf("show", "--config", str(file), cwd=tmp_path)
+    listed = hlrlhf("presets", cwd=tmp_path, HLRLHF_PRESET_PATH=str(tmp_path))
+    for done in (shown, listed):
+        assert done.returncode == 0
+        assert all(line.isprintable() for line in done.stdout.splitlines())
+    assert "\\x1b[31m" in shown.stdout
+    assert "\\u202e" in listed.stdout
