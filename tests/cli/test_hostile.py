@@ -113,3 +113,9 @@ def test_files_and_values_cannot_drive_the_terminal(tmp_path: Path) -> None:
         assert all(line.isprintable() for line in done.stdout.splitlines())
     assert "\\x1b[31m" in shown.stdout
     assert "\\u202e" in listed.stdout
+
+
+@pytest.mark.parametrize("command", ["show", "render", "submit"])
+def test_help_says_that_a_template_is_code(tmp_path: Path, command: str) -> None:
+    words = " ".join(hlrlhf(command, "--help", cwd=tmp_path).stdout.split())
+    assert "code that runs on this machine: use only one that you trust" in words
