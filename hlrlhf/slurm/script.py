@@ -31,6 +31,9 @@ BASE = "job.sbatch.j2"
 
 # All of them but the tab, which a line of the site's own may hold.
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+# Linux starts no program with an argument or a variable of 128 KiB; its name has to fit in, too.
+_LONGEST_WORD = 2**17 - 100
+
 
 def render(resolved: Resolved, run_directory: Path, environ: Mapping[str, str]) -> str:
     """The batch script of a run.
@@ -159,7 +162,10 @@ def _plain(value: object) -> str:
 
 def shell(value: object) -> Markup:
     """A value as one word of bash."""
-    return Markup(shlex.quote(_plain(value)))  # noqa: S704 - quoted
+    text = _plain(value)
+    if len(text.encode()) > _LONGEST_WORD:
+        raise ValueError(f"{text!r} is longer than an argument of a program can be")
+    return Markup(shlex.quote(text))  # noqa: S704 - quoted
 
 
 def sbatch(value: object) -> Markup:
