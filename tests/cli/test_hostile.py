@@ -238,10 +238,11 @@ def test_a_refusal_leaves_everything_as_it_was(
     (tmp_path / "there").mkdir()
     (tmp_path / "broken.j2").write_text("{{ nothing }}")
     (tmp_path / "long.yaml").write_text(f"master_addr: {'x' * 2**17}\n")
-    # Made for all runs, not for one: the index and its lock, and compiled templates.
+    # Made for all runs, not for one: compiled templates, and, once there is a script, the index.
     state, cache = tmp_path / "state", tmp_path_factory.mktemp("cache")
-    (state / "hlrlhf" / "runs").mkdir(parents=True)
-    (state / "hlrlhf" / "runs.lock").touch()
+    if "REFUSE" in environ or any("base_out_path=" in word for word in arguments):
+        (state / "hlrlhf" / "runs").mkdir(parents=True)
+        (state / "hlrlhf" / "runs.lock").touch()
     everywhere = {"PATH": slurm, "XDG_STATE_HOME": str(state), "TMPDIR": str(tmp_path)}
     everywhere |= {"XDG_CACHE_HOME": str(cache), "HL_BASE_OUT_PATH": base} | environ
     before = tree(tmp_path)
