@@ -4,6 +4,17 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+# Some lines of a terminal: a value of 100 kB would push all else off it.
+_LONGEST = 1000
+
+
+def shortened(text: str) -> str:
+    """A line of words with its middle left out where it is very long."""
+    if len(text) <= _LONGEST:
+        return text
+    half = _LONGEST // 2
+    return f"{text[:half]}… ({len(text) - 2 * half} characters left out) …{text[-half:]}"
+
 
 class HlrlhfError(Exception):
     """Something that a user can mend; its text says what is wrong and what to do, line by line.

@@ -89,6 +89,6 @@ def _remedy(places: int, prompt: int, answer: int) -> str:
 
 def _of_checkpoint(path: str) -> int | None:
     try:
-        return longest(AutoConfig.from_pretrained(path))
+        return longest(AutoConfig.from_pretrained(path, trust_remote_code=False))
     except loading.UNREADABLE:
         return None  # loading the model will say why

@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 
 from hlrlhf import runs
+from hlrlhf.errors import shortened
 from hlrlhf.jobs import states
+from hlrlhf.settings.errors import printable
 from hlrlhf.slurm import client
 from hlrlhf.slurm.answers import UNKNOWN
 
@@ -72,4 +74,4 @@ def cancel(
 
 
 def _say(who: str, what: str) -> None:
-    print(f"{who}: {what}", file=sys.stderr)
+    print(f"{who}: {printable(shortened(what))}", file=sys.stderr)

@@ -34,7 +34,10 @@ Set = Annotated[
 Template = Annotated[
     str | None,
     typer.Option(
-        "--template", metavar="FILE", help="Site template; short for --set slurm.template=FILE."
+        "--template",
+        metavar="FILE",
+        help="Site template, which is code that runs on this machine: use only one that you trust. "
+        "Short for --set slurm.template=FILE.",
     ),
 ]
 

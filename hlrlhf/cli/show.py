@@ -14,7 +14,7 @@ import typer
 
 from hlrlhf.cli import options
 from hlrlhf.cli.table import columns
-from hlrlhf.settings.errors import SettingsError
+from hlrlhf.settings.errors import SettingsError, printable
 from hlrlhf.settings.layers import Resolved
 from hlrlhf.settings.names import env_name
 from hlrlhf.settings.origins import Origin
@@ -61,7 +61,7 @@ def _json(resolved: Resolved) -> str:
 def _table(resolved: Resolved) -> str:
     rows = [("SETTING", "VALUE", "ENVIRONMENT", "ORIGIN")]
     rows += [
-        (name, _text(given.value), env_name(name), str(given.origin))
+        (name, _text(given.value), env_name(name), printable(str(given.origin)))
         for name, given in resolved.values.items()
     ]
     rows += [(name, str(value), "", "derived") for name, value in _derived(resolved).items()]
@@ -97,8 +97,8 @@ def _screen(resolved: Resolved, width: int) -> Iterator[str]:
                 yield from _cut(text, width)
     for place, short in files.items():
         if place != short:
-            yield f"{short} is"
-            yield from _cut(place, width)
+            yield f"{printable(short)} is"
+            yield from _cut(printable(place), width)
     yield "Variables are HL_ and the name: HL_ACTOR_LEARNING_RATE is actor.learning_rate."
 
 
@@ -113,6 +113,10 @@ def _short(places: set[str]) -> dict[str, str]:
 
 def _origin(name: str, origin: Origin, files: dict[str, str]) -> str:
     """An origin in few words."""
+    return printable(_origin_as_it_is(name, origin, files))
+
+
+def _origin_as_it_is(name: str, origin: Origin, files: dict[str, str]) -> str:
     file, _, line = origin.place.rpartition(":")
     if origin.kind in ("preset", "file"):
         return f"{origin.kind} {files[file]}:{line}"
@@ -128,4 +132,4 @@ def _cut(text: str, width: int) -> Iterator[str]:
 def _text(value: object) -> str:
     if value is None:
         return "-"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))

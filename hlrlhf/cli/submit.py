@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from hlrlhf.cli import options
+from hlrlhf.errors import shortened
 from hlrlhf.jobs import batch, demo
 from hlrlhf.jobs.start import Place, Started, directory
 from hlrlhf.settings import hints
@@ -82,7 +83,7 @@ def _place(local: bool) -> Place:
 
 
 def _say(words: str) -> None:
-    print(f"hlrlhf: {words}", file=sys.stderr, flush=True)
+    print(f"hlrlhf: {shortened(words)}", file=sys.stderr, flush=True)
 
 
 def _made(resolved: Resolved) -> list[Path]:

@@ -48,6 +48,8 @@ def start(resolved: Resolved, environ: Mapping[str, str]) -> Started:
         NoAnswer: Slurm may have taken the job, or not; the error says how to find out.
         RunError: also when the job was submitted and cannot be written down; says its id.
     """
+    # Settings that make no script leave no trace; only the run's own name may be another one.
+    script.render(resolved, starting.directory(resolved), environ)
     run = starting.make(resolved, environ)
     try:
         text = script.render(resolved, run.directory, environ)

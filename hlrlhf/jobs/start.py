@@ -77,11 +77,12 @@ def make(resolved: Resolved, environ: Mapping[str, str]) -> Run:
 
     Raises:
         RunError: it cannot be made; nothing of it is left.
+        SettingsError: no file can hold the settings.
     """
-    settings = resolved.settings
+    settings, text = resolved.settings, layers.dump(resolved)
     run = create(Path(settings.base_out_path), settings.tag, environ)
     try:
-        run.settings_file.write_text(layers.dump(resolved), encoding="utf-8")
+        run.settings_file.write_text(text, encoding="utf-8")
     except BaseException:
         run.discard()
         raise

@@ -64,11 +64,17 @@ def create(base: Path, tag: str, environ: Mapping[str, str] = os.environ) -> Run
 
 
 def every(environ: Mapping[str, str] = os.environ) -> list[Run]:
-    """All runs in the index, the oldest first."""
+    """All runs in the index, the oldest first.
+
+    Raises:
+        RunError: the index cannot be read.
+    """
     try:
         links = list(_folder(environ).iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError as error:
+        raise RunError(f"{error.filename}: {error.strerror}") from error
     found: list[tuple[float, Run]] = []
     for link in links:
         with contextlib.suppress(FileNotFoundError):  # forgotten meanwhile
@@ -88,7 +94,10 @@ def find(name: str, environ: Mapping[str, str] = os.environ) -> Run:
         RunError: there is none, or more than one.
     """
     runs = every(environ)
-    path = Path(os.path.abspath(name))  # noqa: PTH100 - a run may be reached by a link
+    try:
+        path = Path(os.path.abspath(name))  # noqa: PTH100 - a run may be reached by a link
+    except FileNotFoundError as error:
+        raise RunError("the current directory is gone; change to another one") from error
     if os.sep in name or name in (".", ".."):
         if not _is_run(path):
             gone = next((run for run in runs if run.directory == path), None)
@@ -147,7 +156,8 @@ def _locked(index: Path) -> Iterator[None]:
 
 def _is_run(path: Path) -> bool:
     run = Run(path)
-    return run.settings_file.is_file() or run.job_file.is_file()
+    # Path raises on names that no file can have.
+    return any(os.path.isfile(file) for file in (run.settings_file, run.job_file))  # noqa: PTH113
 
 
 def _job_id(run: Run) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 
 from hlrlhf.settings.directives import refused_arguments, refused_lines
@@ -124,7 +125,8 @@ def contradictions(settings: Settings, values: Mapping[str, Given]) -> Iterator[
         )
     elif settings.gradient_accumulation_steps % settings.ppo.minibatches:
         count = settings.gradient_accumulation_steps
-        divisors = [str(one) for one in range(1, count + 1) if count % one == 0]
+        small = [one for one in range(1, math.isqrt(count) + 1) if count % one == 0]
+        divisors = [str(one) for one in sorted({*small, *(count // one for one in small)})]
         yield (
             ("ppo.minibatches", "gbs", "mbs", "num_nodes", "devices_per_node"),
             f"a device has {count} micro batches, which can make {', '.join(divisors)} minibatches",
@@ -145,6 +147,9 @@ def contradictions(settings: Settings, values: Mapping[str, Given]) -> Iterator[
         yield ("slurm.extra",), what
     for what in refused_arguments(settings.slurm.srun_args):
         yield ("slurm.srun_args",), what
+    if settings.container.kind == "pyxis":  # whose arguments are srun's
+        for what in refused_arguments(settings.container.args):
+            yield ("container.args", "container.kind"), what
     if settings.slurm.gres_type and not settings.gres_name:
         yield ("slurm.gres_type", "slurm.gres_name", "device"), "a type needs a gres name"
     for model, enabled in (

@@ -85,7 +85,11 @@ def resolve(
     for layer in layers:
         merged.update(layer)
     for name, given in merged.items():
-        merged[name] = given._replace(value=paths.absolute(name, given.value))
+        try:
+            merged[name] = given._replace(value=paths.absolute(name, given.value))
+        except FileNotFoundError:
+            what = "is relative to the current directory, which is gone; change to another one"
+            problems.append(Problem(_where(name, given.value, given.origin), what))
     missing = {
         setting.name: Problem(
             setting.name, f"is not set; give {setting.env}, or --set {setting.name}=…"
@@ -127,7 +131,11 @@ def load(path: Path) -> Settings:
 
 
 def dump(resolved: Resolved) -> str:
-    """The settings as YAML, complete, each value with its origin in a comment."""
+    """The settings as YAML, complete, each value with its origin in a comment.
+
+    Raises:
+        SettingsError: the text is longer than one that can be read again.
+    """
     lines = [
         "# Every setting of this run, and where it came from. The trainer reads this file only.",
         "# To run it again: hlrlhf submit --config THIS_FILE",
@@ -144,7 +152,13 @@ def dump(resolved: Resolved) -> str:
             # Read back as somebody's wish, it would no longer give way when it is taken.
             indent = "# "
         lines.append(f"{indent}{key}: {text}  # {printable(str(given.origin))}")
-    return "\n".join(lines) + "\n"
+    whole = "\n".join(lines) + "\n"
+    if len(whole) > yamlfile.LIMIT:
+        what = (
+            f"together they are longer than {yamlfile.LIMIT} characters, all that a file can hold"
+        )
+        raise SettingsError([Problem("settings.yaml", what)])
+    return whole
 
 
 def _yaml(value: Any) -> str:

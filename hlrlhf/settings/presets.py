@@ -20,10 +20,18 @@ def folders(environ: Mapping[str, str]) -> list[Path]:
 
 
 def available(environ: Mapping[str, str]) -> dict[str, Path]:
-    """Every preset by name; of two with one name the first on the path wins."""
+    """Every preset by name; of two with one name the first on the path wins.
+
+    Raises:
+        SettingsError: a folder of the search path is no place to look in.
+    """
     found: dict[str, Path] = {}
     for folder in folders(environ):
-        for path in sorted(folder.glob("*.yaml")):
+        try:
+            paths = sorted(folder.glob("*.yaml"))
+        except OSError as error:
+            raise SettingsError([Problem(SEARCH_PATH, f"{folder}: {error.strerror}")]) from error
+        for path in paths:
             found.setdefault(path.stem, path)
     return found
 

@@ -58,6 +58,13 @@ def _no_control_but_tab(text: str) -> str:
     return text
 
 
+def _countable(number: int) -> int:
+    """Refuse what is over 32 bits, in which Slurm counts; products then fit wherever they go."""
+    if number >= 2**31:
+        raise PydanticCustomError("countable", "must be at most 2147483647")
+    return number
+
+
 Text = Annotated[str, StringConstraints(min_length=1), AfterValidator(_no_control)]
 Output = Annotated[Text, Place("output", mounted=True)]
 Model = Annotated[Text, Place("model", mounted=True)]
@@ -89,8 +96,8 @@ SlurmMemory = Annotated[
     StringConstraints(pattern=r"^[0-9]+[KMGT]?$"),
     Allowed("a whole number, and K, M, G or T if not MB"),
 ]
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0), AfterValidator(_countable)]
+Positive = Annotated[int, Field(ge=1), AfterValidator(_countable)]
 SignalLead = Annotated[int, Field(ge=1, le=65535)]  # Slurm keeps it in 16 bits
 Rate = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]

@@ -32,6 +32,8 @@ BASE = "job.sbatch.j2"
 
 # All of them but the tab, which a line of the site's own may hold.
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+# Linux starts no program with an argument or a variable of 128 KiB; its name has to fit in, too.
+_LONGEST_WORD = 2**17 - 100
 
 
 def render(resolved: Resolved, run_directory: Path, environ: Mapping[str, str]) -> str:
@@ -101,8 +103,13 @@ def _environment(template: str, environ: Mapping[str, str]) -> jinja2.Environmen
 class _Cache(jinja2.FileSystemBytecodeCache):
     """Compiled templates, by their text; compiling them is a third of the time of a render."""
 
+    # Where nothing can be read or written, there is no cache.
+
+    def load_bytecode(self, bucket: jinja2.bccache.Bucket) -> None:
+        with contextlib.suppress(OSError):
+            super().load_bytecode(bucket)
+
     def dump_bytecode(self, bucket: jinja2.bccache.Bucket) -> None:
-        # Where nothing can be written, there is no cache.
         with contextlib.suppress(OSError):
             Path(self.directory).mkdir(parents=True, exist_ok=True)
             super().dump_bytecode(bucket)
@@ -157,7 +164,10 @@ def _plain(value: object) -> str:
 
 def shell(value: object) -> Markup:
     """A value as one word of bash."""
-    return Markup(shlex.quote(_plain(value)))  # noqa: S704 - quoted
+    text = _plain(value)
+    if len(text.encode()) > _LONGEST_WORD:
+        raise ValueError(f"{text!r} is longer than an argument of a program can be")
+    return Markup(shlex.quote(text))  # noqa: S704 - quoted
 
 
 def sbatch(value: object) -> Markup:

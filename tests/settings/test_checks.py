@@ -323,3 +323,27 @@ def test_arguments_of_srun_that_only_a_site_knows() -> None:
 
 def test_every_wrong_directive_is_named() -> None:
     assert len(problems("slurm.extra=['--output=x -J y', '--array=1']")) == 3
+
+
+def test_pyxis_arguments_are_sruns() -> None:
+    image = ("container.image=x", "container.kind=pyxis")
+    (problem,) = problems(*image, "container.args=--nodes=5")
+    assert "container.args = ['--nodes=5'] (flag --set)" in problem
+    assert "set num_nodes" in problem
+    # srun would run it instead of the trainer.
+    assert "neither an option" in problems(*image, "container.args=touch")[0]
+    assert problems(*image, "container.args=--container-mount-home") == []
+    assert problems("container.image=x", "container.kind=docker", "container.args=-e NAME") == []
+
+
+def test_numbers_that_are_too_large_to_count_with() -> None:
+    """Python writes no number of more than 4300 digits, which their product would be."""
+    for huge in ("2147483648", "9" * 4000):
+        both = problems(f"num_nodes={huge}", f"devices_per_node={huge}")
+        assert all("must be at most 2147483647" in problem for problem in both)
+        assert len(both) == 2
+
+
+def test_a_large_batch_that_no_minibatches_divide_is_told_at_once() -> None:
+    flags = ("gbs=2147483646", "mbs=1", "devices_per_node=1", "ppo.minibatches=4")
+    assert "can make 1, 2, 3, 6, 7, 9, " in problems(*flags)[0]

@@ -408,3 +408,11 @@ def test_any_stop_strings_survive_the_file(
 def test_load_refuses_an_incomplete_file(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="tag: is not set"):
         load(written(tmp_path / "settings.yaml", "seed: 1\n"))
+
+
+def test_settings_that_no_file_can_hold_are_refused() -> None:
+    """Each of them is short enough, and comes from a place of its own."""
+    environ = MANDATORY | {f"HL_SLURM_{name}": "x" * 100_000 for name in ("QOS", "ACCOUNT")}
+    assert len(dump(resolve(environ=environ))) > 200_000
+    with pytest.raises(SettingsError, match=r"settings\.yaml: together they are longer than"):
+        dump(resolve(environ=environ | {"HL_SLURM_COMMENT": "x" * 100_000}))

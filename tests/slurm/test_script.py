@@ -19,6 +19,7 @@ from pathlib import Path
 import mandatory
 import pytest
 from cluster import LEAVE, Cluster, until
+from hostile import slurm_words
 from hypothesis import HealthCheck, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -213,33 +214,6 @@ def test_no_command_stands_before_a_directive() -> None:
     """Slurm stops reading directives at the first command."""
     before = golden_text("llama2-7b", "docker", 4).rpartition("#SBATCH")[0]
     assert all(line.startswith("#") for line in before.splitlines())
-
-
-def slurm_words(line: str) -> list[str]:
-    """How sbatch splits an #SBATCH line, after its own reader."""
-    words: list[str] = []
-    word: str | None = None
-    quote = ""
-    characters = iter(line)
-    for char in characters:
-        if char == "\\":
-            word = (word or "") + next(characters)
-        elif quote:
-            if char == quote:
-                quote = ""
-            else:
-                word = (word or "") + char
-        elif char in "'\"":
-            quote, word = char, word or ""
-        elif char == "#":
-            break
-        elif char.isspace():
-            words += [word] if word is not None else []
-            word = None
-        else:
-            word = (word or "") + char
-    assert not quote
-    return words + ([word] if word is not None else [])
 
 
 texts = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=40)

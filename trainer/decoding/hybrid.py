@@ -84,9 +84,9 @@ def _architecture_lacks(path: str) -> str | None:
     from deepspeed.runtime.hybrid_engine import DeepSpeedHybridEngine
 
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except UNREADABLE as error:
         raise TrainerError(f"{path}: no causal language model can be made: {error}") from error
     # The engine itself says for which layers it has kernels.

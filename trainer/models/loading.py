@@ -64,7 +64,11 @@ def load_policy(path: str, dtype: str, dropout: float, logprob_chunk: int = 0) -
         config = _config(path, dropout)
         kinds.check_policy(path, config)
         lm, report = AutoModelForCausalLM.from_pretrained(
-            path, config=config, output_loading_info=True, **_dtype(dtype)
+            path,
+            config=config,
+            output_loading_info=True,
+            trust_remote_code=False,
+            **_dtype(dtype),
         )
     except UNREADABLE as error:
         raise TrainerError(f"{path}: no causal language model can be loaded: {error}") from error
@@ -150,7 +154,7 @@ def _dtype(dtype: str) -> dict[str, torch.dtype]:
 
 
 def _config(path: str, dropout: float) -> PretrainedConfig:
-    config = AutoConfig.from_pretrained(path)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     try:
         set_dropout(config, dropout)
     except TrainerError as error:
@@ -162,7 +166,9 @@ def _step2(path: str, config: PretrainedConfig, dtype: str) -> PreTrainedModel:
     weights = read_weights(Path(path))
     try:
         config.num_labels = 1
-        classifier = AutoModelForSequenceClassification.from_config(config, **_dtype(dtype))
+        classifier = AutoModelForSequenceClassification.from_config(
+            config, trust_remote_code=False, **_dtype(dtype)
+        )
         prefix = classifier.base_model_prefix
         renamed = {_from_step2(name, prefix): value for name, value in weights.items()}
         missing, unexpected = classifier.load_state_dict(renamed, strict=False)
@@ -184,7 +190,11 @@ def _from_step2(name: str, prefix: str) -> str:
 def _classifier(path: str, config: PretrainedConfig, dtype: str) -> PreTrainedModel:
     try:
         classifier, report = AutoModelForSequenceClassification.from_pretrained(
-            path, config=config, output_loading_info=True, **_dtype(dtype)
+            path,
+            config=config,
+            output_loading_info=True,
+            trust_remote_code=False,
+            **_dtype(dtype),
         )
     except UNREADABLE as error:
         raise TrainerError(f"{path}: no sequence classifier can be loaded: {error}") from error

@@ -94,7 +94,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
             f"{path}: holds no whole tokenizer, which has {' or '.join(WHOLE)}; it holds {files}"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # tokenizers raises types of its own
         kind = TrainerError if folder.is_dir() else NoTokenizerError
         raise kind(f"{path}: no tokenizer can be loaded from it: {error}") from error
