@@ -212,7 +212,8 @@ def _value(rng: random.Random, name: str, container: bool, folder: Path) -> Any:
         return [text(rng, unfit=True).encode("utf-8", "replace").decode()]
     if name in _MADE:
         return str(folder / f"o{text(rng, avoid='/:,', longest=60)}")
-    if name in paths.MODELS_AND_DATA:
+    place = paths.places().get(name)
+    if place is not None and place.kind in ("run", "model", "data"):
         return _path(rng, container)
     return text(rng)
 

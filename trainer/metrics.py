@@ -132,7 +132,7 @@ class Recorder:
         Args:
             step: steps before it. The numbers belong to that step's; before the first they make a
                 line of metrics of their own.
-            values: see `hlrlhf.trainer.evaluation`.
+            values: see `hlrlhf.trainer.ppo.evaluation`.
             records: one for each prompt.
         """
         self._attempt.check()

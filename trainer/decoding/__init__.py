@@ -1,1 +1,1 @@
-"""Decoding: how answers are sampled, and whether they are the policy's own."""
+"""Decoding: how answers are sampled."""

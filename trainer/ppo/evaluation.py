@@ -156,10 +156,10 @@ class Evaluation:
                 table[batch.start : batch.stop, 4 : 4 + answers.shape[1]] = answers.cpu().float()
         found = summed(table.to(device.torch)).cpu()[: len(self._prompts)]
         # Rows of their own: a mean over columns that lie apart adds up in another order.
-        scores, kl, ended = found[:, :3].T.contiguous()
+        score, kl, ended = found[:, :3].T.contiguous()
         lengths = found[:, 3].int().tolist()
         return Answers(
-            scores=scores,
+            scores=score,
             kl=kl,
             ended=ended,
             tokens=[
