@@ -18,6 +18,7 @@ MAY_KNOW = {
     "trainer.pieces": set(),
     "trainer.device": {"settings", "trainer.pieces"},
     "trainer.ranks": {"trainer.device"},
+    "trainer.deadline": {"settings", "runs"},
     "trainer.records": set(),
     "trainer.paths": {"settings"},
     "trainer.demo": set(),
@@ -31,7 +32,9 @@ LOW = {"settings", "runs", "trainer.formulas", "trainer.device", "trainer.ranks"
 MAY_KNOW["trainer.ppo"] = LOW | {
     *("trainer.data", "trainer.models", "trainer.decoding", "trainer.flops", "trainer.lengths")
 }
-MAY_KNOW["trainer.saving"] = LOW | {"trainer.models", "trainer.records"}
+MAY_KNOW["trainer.saving"] = LOW | {
+    *("trainer.models", "trainer.records", "trainer.pieces", "trainer.state")
+}
 MAY_KNOW["trainer.state"] = {"trainer.formulas", "trainer.models", "trainer.ppo"}
 MAY_KNOW["trainer.measures"] = LOW | {"trainer.models", "trainer.ppo", "trainer.flops"}
 MAY_KNOW["trainer.metrics"] = LOW | {"trainer.models", "trainer.records"}

@@ -70,8 +70,12 @@ def main(attempt: Attempt) -> Outcome:
     from hlrlhf.trainer.models import engine
 
     engine.start(device)
-    if loop.train(settings, attempt, device, lambda: len(received)):
+    end = loop.train(settings, attempt, device, lambda: len(received))
+    if end is loop.End.COMPLETE:
         return Outcome(0)
+    if end is loop.End.OUT_OF_TIME:
+        why = "stopped before its job is out of time, its models are saved"
+        return Outcome(STOPPED, why, may_pass=True)
     by = signal.Signals(received[0]).name if received else "a signal to another rank"
     return Outcome(STOPPED, f"stopped early by {by}, its models are saved")
 
@@ -102,7 +106,8 @@ def _failure(error: BaseException) -> Outcome:
         print(f"error: {words}", file=sys.stderr, flush=True)
     # Of several lines, as of a traceback, the first and the last say what happened.
     first, *more = words.strip().splitlines() or [""]
-    return Outcome(1, printable(" ".join([first, *more[-1:]])))
+    unforeseen = not isinstance(error, HlrlhfError)
+    return Outcome(1, printable(" ".join([first, *more[-1:]])), may_pass=unforeseen)
 
 
 def _leave(attempt: Attempt, outcome: Outcome) -> NoReturn:

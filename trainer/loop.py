@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from enum import Enum, auto
 from pathlib import Path
 
 import torch.distributed as dist
@@ -11,6 +12,7 @@ from hlrlhf.runs import Attempt
 from hlrlhf.settings import Settings
 from hlrlhf.trainer import flops, formulas, lengths, measures, paths, ranks
 from hlrlhf.trainer.data import reading
+from hlrlhf.trainer.deadline import Deadline
 from hlrlhf.trainer.decoding import choice, hybrid
 from hlrlhf.trainer.device import Device
 from hlrlhf.trainer.errors import TrainerError
@@ -30,9 +32,15 @@ from hlrlhf.trainer.saving.keeping import Checkpoints
 from hlrlhf.trainer.state import State
 
 
-def train(
-    settings: Settings, attempt: Attempt, device: Device, warnings: Callable[[], int]
-) -> bool:
+class End(Enum):
+    """How a run ends that does not fail."""
+
+    COMPLETE = auto()
+    WARNED = auto()
+    OUT_OF_TIME = auto()
+
+
+def train(settings: Settings, attempt: Attempt, device: Device, warnings: Callable[[], int]) -> End:
     """Train actor and critic, and save them.
 
     Args:
@@ -41,7 +49,7 @@ def train(
         warnings: how often this rank has been asked to stop early.
 
     Returns:
-        Whether the run is complete; False when it stopped after a warning, models saved.
+        How it ended; always with a checkpoint and its models saved.
 
     Raises:
         TrainerError: the models or the data do not allow it.
@@ -62,7 +70,7 @@ def train(
     if done is not None and found is not None and found.step >= total_steps:
         if rank == 0:
             print(f"all {total_steps} steps are done, and actor and critic are in {done}")
-        return True
+        return End.COMPLETE
 
     device.seed(settings.seed)
     updates = total_steps * settings.ppo.epochs * settings.ppo.minibatches
@@ -111,6 +119,7 @@ def train(
         settings, flops.cost(models.actor.module), flops.cost(models.critic.module), rewards.cost
     )
     clock = measures.Clock(device)
+    deadline = Deadline(settings, attempt)
     while state.step < total_steps:
         # 1. Take the step's prompts: in turn, so that a part of each rank's rows is a part of the
         # global batch's, in order.
@@ -156,8 +165,9 @@ def train(
         # 6. Stop after a warning, or save and go on.
         reward = numbers.get("evaluation_reward")
         wanted = rank == 0 and checkpoints.wanted(state.step, reward)
-        stop, save = ranks.votes([warnings() > 0, wanted], device)
-        if stop or state.step == total_steps:  # saved below
+        late = deadline.near(values["seconds"], checkpoints.seconds)
+        warned, late, save = ranks.votes([warnings() > 0, late, wanted], device)
+        if warned or late or state.step == total_steps:  # saved below
             break
         if save:
             clock.start()
@@ -176,7 +186,9 @@ def train(
     if recorder is not None:
         print(recorder.close())
         print(f"actor and critic are in {place}", flush=True)
-    return complete
+    if complete:
+        return End.COMPLETE
+    return End.WARNED if warned else End.OUT_OF_TIME
 
 
 def _total_steps(settings: Settings, prompts: reading.Prompts) -> int:

@@ -18,6 +18,8 @@ from hlrlhf.runs.directory import Job, Run, RunError
 
 # Known to batch systems as "temporary failure, try again" (EX_TEMPFAIL of sysexits.h).
 STOPPED = 75
+# The third line of an outcome for which that holds.
+PASSING = "may pass"
 
 
 @dataclass(frozen=True)
@@ -28,24 +30,28 @@ class Outcome:
         code: 0 complete, `STOPPED` stopped early with its models saved, 128 + n ended by signal n,
             anything else failed.
         why: one line; may be empty.
+        may_pass: whether another start may go better.
     """
 
     code: int
     why: str = ""
+    may_pass: bool = False
 
     @classmethod
     def read(cls, path: Path) -> Outcome | None:
-        """What a file says: the code on its first line, why on its second; None if it does not."""
+        """What a file says: the code, why, and `PASSING`, a line each; None if it does not."""
         try:
             if path.is_symlink():  # see `Attempt.say`
                 return cls(int(path.readlink().name), "the disk had no room for why")
-            code, _, why = path.read_text(encoding="utf-8", errors="replace").partition("\n")
-            return cls(int(code), why.rstrip("\n"))
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            code, why, passing = [*lines, "", "", ""][:3]
+            return cls(int(code), why, passing == PASSING)
         except (OSError, ValueError):
             return None
 
     def __str__(self) -> str:
-        return f"{self.code}\n" + (f"{self.why}\n" if self.why else "")
+        lines = [str(self.code), *([self.why] if self.why or self.may_pass else [])]
+        return "\n".join([*lines, *([PASSING] if self.may_pass else []), ""])
 
 
 class SupersededError(HlrlhfError):
@@ -61,16 +67,24 @@ class Attempt:
         job: what the job's files in ``logs/`` begin with, see `Job.log_id`; None for ranks that
             were started by hand.
         number: from 0.
+        ends: when the job ends at the latest, in Unix seconds; None where nothing ends it.
     """
 
     run: Run
     job: str | None
     number: int
+    ends: float | None = None
 
     @classmethod
     def of(cls, run: Run, environ: Mapping[str, str]) -> Attempt:
         """The attempt of which this process is a rank, as its environment says."""
-        return cls(run, environ.get("HLRLHF_JOB"), int(environ.get("HLRLHF_ATTEMPT", "0")))
+        ends = environ.get("HLRLHF_ENDS")
+        return cls(
+            run,
+            environ.get("HLRLHF_JOB"),
+            int(environ.get("HLRLHF_ATTEMPT", "0")),
+            float(ends) if ends else None,
+        )
 
     @classmethod
     def by_file(cls, run: Run, job: str, name: str) -> Attempt | None:

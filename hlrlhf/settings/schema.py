@@ -518,8 +518,18 @@ class Slurm(Group):
     )
     requeue: bool = Field(
         False,
-        description="--requeue or --no-requeue: whether Slurm may start the job again, from its "
-        "first step, after a node failure or a preemption.",
+        description="Start the job again after a node failure, a preemption, or when it was warned "
+        "of its end; it goes on from its last checkpoint. Sets --requeue, else --no-requeue.",
+    )
+    requeue_on_failure: bool = Field(
+        False,
+        description="Start the job again also after a failure that may pass: a rank that was "
+        "killed, or an error that is not the settings' or the data's.",
+    )
+    max_attempts: Positive = Field(
+        10,
+        description="Attempts at a run before it is not started again. It is not either when two "
+        "in a row end after the same step.",
     )
     signal_lead: SignalLead | None = Field(
         None,

@@ -50,6 +50,9 @@ class Checkpoints:
     Args:
         settings: say when, how many, and how much host memory a copy may take.
         attempt: at the run.
+
+    Attributes:
+        seconds: that the slowest checkpoint took this rank, from its beginning to its end.
     """
 
     def __init__(self, settings: Settings, attempt: Attempt):
@@ -63,6 +66,7 @@ class Checkpoints:
         # For what ranks tell each other of their files while training uses its own groups.
         self._group = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
         self._began = time.monotonic()
+        self.seconds = 0.0
         self._writing: threading.Thread | None = None
         self._said: str | None = None
 
@@ -193,7 +197,7 @@ class Checkpoints:
 
     def _write(self, save: _Save, parts: Iterator[dict[str, Tensor]]) -> None:
         """Write this rank's files, tell the others, and on rank 0 make them a checkpoint."""
-        rank = dist.get_rank()
+        rank, began = dist.get_rank(), time.monotonic()
         files: dict[str, Digest] = {}
         failure = None
         try:
@@ -206,6 +210,7 @@ class Checkpoints:
             failure = _words(error)
         every: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(every, (files, failure), group=self._group)
+        self.seconds = max(self.seconds, time.monotonic() - began)
         if rank > 0:
             return
         try:
