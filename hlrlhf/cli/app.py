@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 from hlrlhf import __version__
 
 # The modules of this package with a function of the same name, in the order of a run's life.
-COMMANDS = ("presets", "show", "render", "submit", "status", "logs", "cancel", "forget")
+COMMANDS = ("presets", "show", "render", "submit", "resume", "status", "logs", "cancel", "forget")
 
 TAKE_SETTINGS = ("show", "render", "submit")
 EPILOG = (

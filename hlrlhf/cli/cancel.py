@@ -12,7 +12,7 @@ from hlrlhf.errors import shortened
 from hlrlhf.jobs import states
 from hlrlhf.settings.errors import printable
 from hlrlhf.slurm import client
-from hlrlhf.slurm.answers import UNKNOWN
+from hlrlhf.slurm.answers import STOPPED_EARLY, UNKNOWN
 
 
 def cancel(
@@ -23,14 +23,20 @@ def cancel(
     everything: Annotated[
         bool, typer.Option("--all", help="Cancel every run that has not ended.")
     ] = False,
+    save: Annotated[
+        bool,
+        typer.Option("--save", help="Let runs save first, after their step, and wait for it."),
+    ] = False,
 ) -> None:
     """Stop runs.
 
-    A Slurm job is cancelled, a run on this machine is asked to save and stop.
+    A Slurm job is cancelled, a run on this machine is asked to save and stop. With --save a job
+    that runs is asked too, and can go on later: hlrlhf resume RUN.
     """
     if bool(names) == everything:
         raise typer.BadParameter("give the runs to cancel, or --all")
     clusters: dict[str | None, dict[str, str]] = {}
+    asked: list[runs.Run] = []
     failed = False
     chosen = [] if names else runs.every()
     for name in names or []:
@@ -54,10 +60,18 @@ def cancel(
                     _say(run.name, f"was not cancelled: {state.reason}")
                     failed = True
             elif job.kind == "local":
-                _say(run.name, "asked to stop" if run.terminate() else "has ended already")
+                if run.terminate():
+                    _say(run.name, "asked to stop")
+                    asked.append(run)
+                else:
+                    _say(run.name, "has ended already")
+            elif save and state.state == "RUNNING":
+                client.signal(job.id, "USR1", job.cluster)
+                _say(run.name, f"asked job {job.id} to save and stop")
+                asked.append(run)
             else:
                 clusters.setdefault(job.cluster, {})[job.id] = run.name
-        except runs.RunError as error:
+        except (runs.RunError, client.Rejected) as error:
             _say("hlrlhf", str(error))
             failed = True
     for cluster, jobs in clusters.items():
@@ -69,8 +83,23 @@ def cancel(
         else:
             for job_id, name in jobs.items():
                 _say(name, f"asked Slurm to cancel job {job_id}")
+    if save:
+        failed |= not _all_saved(asked)
     if failed:
         raise typer.Exit(1)
+
+
+def _all_saved(asked: list[runs.Run]) -> bool:
+    """Wait for the ends of runs, say how each was; whether all have saved."""
+    saved = True
+    if asked:
+        for found in states.poll(asked):
+            if all(state.ended for state in found):
+                break
+        for run, state in zip(asked, found, strict=True):
+            _say(run.name, f"{state.state}: {state.reason}" if state.reason else state.state)
+            saved &= state.state in (STOPPED_EARLY, "COMPLETED")
+    return saved
 
 
 def _say(who: str, what: str) -> None:

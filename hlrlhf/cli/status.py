@@ -19,9 +19,21 @@ from hlrlhf.jobs import states
 from hlrlhf.slurm.answers import State
 from hlrlhf.slurm.client import SlurmError
 
-HEAD = ("RUN", "JOB", "STATE", "STEP", "AGE", "REWARD", "ELAPSED", "LEFT", "RESTARTS", "NODES")
+HEAD = (
+    "RUN",
+    "JOB",
+    "STATE",
+    "STEP",
+    "AGE",
+    "SAVED",
+    "REWARD",
+    "ELAPSED",
+    "LEFT",
+    "RESTARTS",
+    "NODES",
+)
 # What goes first where a terminal is too narrow for all.
-_DISPENSABLE = ("NODES", "RESTARTS", "ELAPSED", "LEFT", "REWARD", "JOB", "AGE", "STEP")
+_DISPENSABLE = ("NODES", "SAVED", "RESTARTS", "ELAPSED", "LEFT", "REWARD", "JOB", "AGE", "STEP")
 _NEWEST = 20
 
 
@@ -112,6 +124,8 @@ class _Line:
     job: runs.Job | None
     state: State
     progress: runs.Progress | None
+    saved: runs.Saved | None = None
+    before: str = ""
 
     @classmethod
     def of(cls, run: runs.Run, state: State) -> _Line:
@@ -123,7 +137,11 @@ class _Line:
             job = run.job()
         except runs.RunError:
             job = None
-        return cls(run, job, state, progress)
+        before = ""
+        if job and state.restarts and not state.ended:
+            ends = [end for end in runs.attempts(run, job).values() if end is not None]
+            before = f"the attempt before: {ends[-1].why}" if ends and ends[-1].why else ""
+        return cls(run, job, state, progress, runs.saved(run), before)
 
     @property
     def seconds_left(self) -> float | None:
@@ -133,7 +151,11 @@ class _Line:
     @property
     def step_age(self) -> float | None:
         """Seconds since the last step, by which a run that hangs shows."""
-        return max(0, time.time() - self.progress.written) if self.progress and self._runs else None
+        return self._since(self.progress.written) if self.progress and self._runs else None
+
+    @staticmethod
+    def _since(written: float) -> float:
+        return max(0, time.time() - written)
 
     @property
     def _runs(self) -> bool:
@@ -153,6 +175,9 @@ class _Line:
             "step": progress.step if progress else None,
             "total_steps": progress.total_steps if progress else None,
             "step_age": self.step_age,
+            "saved_step": self.saved.step if self.saved else None,
+            "saved_age": self._since(self.saved.written) if self.saved else None,
+            "attempt_before": self.before or None,
             "reward": progress.reward if progress else None,
             "seconds_left": self.seconds_left,
         }
@@ -171,6 +196,7 @@ class _Line:
             state.state,
             step,
             _time(self.step_age),
+            str(self.saved.step) if self.saved else "-",
             "-" if reward is None else f"{reward:.3f}",
             _time(state.elapsed),
             _time(self.seconds_left),
@@ -185,7 +211,7 @@ class _Line:
         why = self.state.reason
         if self.state.ended and self.state.exit_code:
             why = f"{why} (exit code {self.state.exit_code})".lstrip()
-        return _plain(why)
+        return _plain("; ".join(filter(None, [why, self.before])))
 
 
 def _plain(text: str) -> str:

@@ -52,13 +52,13 @@ def submit(
     if sum((dry_run, test_only, wait)) > 1 or (test_only and local):
         raise typer.BadParameter("of --dry-run, --test-only, and --wait or --local, give one")
     resolved = options.resolved(preset, config, flags, template)
-    place = _place(local)
+    place = place_for(local)
     place.check(resolved)
     if local:
         hints.check_here(resolved, _made(resolved))
     else:
         for hint in hints.hints(resolved, _made(resolved), os.environ):
-            _say(f"hint: {hint}")
+            say(f"hint: {hint}")
     if dry_run:
         _dry_run(resolved, local=local, as_json=as_json)
     elif test_only:
@@ -67,14 +67,15 @@ def submit(
     else:
         demo.prepare(resolved)
         started = place.start(resolved, os.environ)
-        _tell(started, as_json=as_json)
+        tell(started, as_json=as_json)
         if not local:
-            _say(f"follow it: hlrlhf logs -f {started.run.name}")
+            say(f"follow it: hlrlhf logs -f {started.run.name}")
         if wait or local:
-            raise typer.Exit(place.finish(resolved, started, os.environ, _say))
+            raise typer.Exit(place.finish(resolved, started, os.environ, say))
 
 
-def _place(local: bool) -> Place:
+def place_for(local: bool) -> Place:
+    """Where a run goes."""
     if local:
         from hlrlhf.jobs import local as here
 
@@ -82,7 +83,8 @@ def _place(local: bool) -> Place:
     return batch
 
 
-def _say(words: str) -> None:
+def say(words: str) -> None:
+    """A sentence for people."""
     print(f"hlrlhf: {shortened(words)}", file=sys.stderr, flush=True)
 
 
@@ -94,19 +96,19 @@ def _made(resolved: Resolved) -> list[Path]:
 def _dry_run(resolved: Resolved, *, local: bool, as_json: bool) -> None:
     place = directory(resolved)
     text = None if local else script.render(resolved, place, os.environ)
-    _say(f"would make {place}, or the same with -2, -3… when that is taken")
-    _say(f"would start {resolved.settings.world_size} ranks here" if local else "would submit this")
+    say(f"would make {place}, or the same with -2, -3… when that is taken")
+    say(f"would start {resolved.settings.world_size} ranks here" if local else "would submit this")
     if as_json:
         print(json.dumps({"directory": str(place), "script": text}))
     elif text:
         sys.stdout.write(text)
 
 
-def _tell(started: Started, *, as_json: bool) -> None:
+def tell(started: Started, *, as_json: bool) -> None:
     """Say what there is now."""
     run, job = started.run, started.job
     whole = {"run": run.name, "directory": str(run.directory), "job": asdict(job)}
     print(json.dumps(whole) if as_json else job.id, flush=True)
-    _say(f"run {run.name} in {run.directory}")
+    say(f"run {run.name} in {run.directory}")
     if started.clock_ahead:
-        _say(f"this machine's clock is {started.clock_ahead} s ahead of Slurm's")
+        say(f"this machine's clock is {started.clock_ahead} s ahead of Slurm's")

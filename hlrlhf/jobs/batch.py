@@ -52,23 +52,35 @@ def start(resolved: Resolved, environ: Mapping[str, str]) -> Started:
     script.render(resolved, starting.directory(resolved), environ)
     run = starting.make(resolved, environ)
     try:
-        text = script.render(resolved, run.directory, environ)
-        run.script.write_text(text, encoding="utf-8")
+        run.write_script(script.render(resolved, run.directory, environ))
     except BaseException:
         run.discard()
         raise
+    try:
+        return _submit(resolved, run, environ)
+    except (client.Rejected, client.SlurmError) as error:
+        if not isinstance(error, client.NoAnswer):  # a job must not lose its directory
+            run.discard()
+        raise
+
+
+def resume(resolved: Resolved, run: Run, environ: Mapping[str, str]) -> Started:
+    """See `Place.resume`. The script is made again: settings.yaml may have been changed."""
+    text = script.render(resolved, run.directory, environ)
+    with run.without_job():
+        run.write_script(text)
+        return _submit(resolved, run, environ)
+
+
+def _submit(resolved: Resolved, run: Run, environ: Mapping[str, str]) -> Started:
     # Taken before, so that Slurm's own time of submission is not earlier.
     now = int(time.time())
     try:
         with _refusals_explained(resolved):
             job_id, cluster = client.submit(run.script, environ)
     except client.NoAnswer as error:
-        # A job must not lose its directory.
         words = f"{run.directory} stays; it may be submitted: squeue --name={run.name}"
         raise client.NoAnswer(f"{error}\n{words}") from error
-    except (client.Rejected, client.SlurmError):
-        run.discard()
-        raise
     job = Job("slurm", job_id, cluster, now)
     try:
         run.record(job)

@@ -19,7 +19,7 @@ from typing import IO
 from hlrlhf.jobs import start as starting
 from hlrlhf.jobs.ports import PortTakenError, rendezvous_port
 from hlrlhf.jobs.start import Started
-from hlrlhf.runs import STOPPED, Attempt, Job, Outcome, Run
+from hlrlhf.runs import STOPPED, Attempt, Job, Outcome, Run, attempts
 from hlrlhf.settings.errors import Problem, SettingsError
 from hlrlhf.settings.layers import Resolved
 from hlrlhf.settings.schema import Settings
@@ -59,6 +59,13 @@ def start(resolved: Resolved, environ: Mapping[str, str]) -> Started:
     return Started(made, job)
 
 
+def resume(resolved: Resolved, run: Run, environ: Mapping[str, str]) -> Started:
+    """See `Place.resume`; this process is the job, and `finish` runs it."""
+    job = Job("local", str(os.getpid()), None, int(time.time()))
+    run.record(job)
+    return Started(run, job, resumed=True)
+
+
 def finish(
     resolved: Resolved, started: Started, environ: Mapping[str, str], say: Callable[[str], None]
 ) -> int:
@@ -74,7 +81,8 @@ def finish(
         outcome = run(resolved, made.directory, environ)
     except SettingsError:
         # Nothing was started.
-        made.discard()
+        if not started.resumed:
+            made.discard()
         raise
     words = {0: "done", STOPPED: outcome.why}
     failed = f"failed with exit code {outcome.code}: {outcome.why}"
@@ -101,13 +109,13 @@ def run(
 
     Returns:
         What the first rank with something to say left, or what the launcher saw of it. It is also
-        left in ``logs/local.0.exit``.
+        left in ``logs/local.N.exit``, N from 0.
 
     Raises:
         SettingsError: HL_MASTER_PORT is taken.
     """
     settings = resolved.settings
-    attempt = Attempt(Run(directory), "local", 0)
+    attempt = _next(Run(directory))
     log = Path(settings.log_file or attempt.log)
     log.parent.mkdir(parents=True, exist_ok=True)
     port = rendezvous_port(
@@ -121,6 +129,7 @@ def run(
         output = stack.enter_context(log.open("ab", buffering=0))
         try:
             shared = _environment(settings, environ, stack.enter_context(port))
+            shared["HLRLHF_ATTEMPT"] = str(attempt.number)
         except PortTakenError as error:
             raise SettingsError(
                 [Problem("master_port", f"{error}; set another one or none")]
@@ -139,6 +148,12 @@ def run(
     return outcome
 
 
+def _next(run: Run) -> Attempt:
+    """The attempt at a run that comes after those that it has had on this machine."""
+    before = attempts(run, Job("local", str(os.getpid()), None, 0))
+    return Attempt(run, "local", max(before, default=-1) + 1)
+
+
 def _environment(settings: Settings, environ: Mapping[str, str], port: int) -> dict[str, str]:
     """What all ranks have; the batch script's ``environment`` block is its other half."""
     threads = max(1, len(os.sched_getaffinity(0)) // settings.world_size)
@@ -148,7 +163,6 @@ def _environment(settings: Settings, environ: Mapping[str, str], port: int) -> d
         "MASTER_ADDR": settings.master_addr or "127.0.0.1",
         "MASTER_PORT": str(port),
         "HLRLHF_JOB": "local",
-        "HLRLHF_ATTEMPT": "0",
         "PYTHONUNBUFFERED": "1",
     }
     if settings.device == "hpu":

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from hlrlhf.runs import Job, Run, create
+from hlrlhf.jobs import states
+from hlrlhf.runs import Job, Run, RunError, attempts, create
 from hlrlhf.settings import layers
 from hlrlhf.settings.layers import Resolved
 
@@ -24,11 +25,13 @@ class Started:
         run: with its directory.
         job: as it was recorded there.
         clock_ahead: seconds by which this machine's clock is ahead of Slurm's.
+        resumed: whether the run is an earlier one, which goes on.
     """
 
     run: Run
     job: Job
     clock_ahead: int = 0
+    resumed: bool = False
 
 
 class Place(Protocol):
@@ -48,6 +51,13 @@ class Place(Protocol):
             RunError: the directory cannot be made.
             SettingsError: the settings make no script.
             Rejected, SlurmError: Slurm refused the job, or could not be reached.
+        """
+
+    def resume(self, resolved: Resolved, run: Run, environ: Mapping[str, str]) -> Started:
+        """Give a run that has ended another job; where that fails, it is as it was.
+
+        Raises:
+            RunError, SettingsError, Rejected, SlurmError: as `start`.
         """
 
     def finish(
@@ -70,6 +80,29 @@ class Place(Protocol):
 def directory(resolved: Resolved) -> Path:
     """Where the run goes if its name is still free."""
     return Path(resolved.settings.base_out_path, resolved.settings.tag)
+
+
+def resumable(run: Run, environ: Mapping[str, str]) -> Resolved | None:
+    """The settings of a run that can go on; None for one that is complete.
+
+    Raises:
+        RunError: it is not there, was never started, or has not ended.
+        SettingsError: its ``settings.yaml`` cannot be used.
+        SlurmError: Slurm cannot be asked whether it has ended.
+    """
+    job = run.job()
+    if run.is_deleted or not run.settings_file.is_file():
+        raise RunError(f"{run.name}: {run.settings_file} is not there")
+    if job is not None:
+        if states.live([run], environ):
+            raise RunError(
+                f"{run.name}: job {job.id} has not ended; to stop it first: "
+                f"hlrlhf cancel --save {run.name}"
+            )
+        *_, last = [None, *attempts(run, job).values()]
+        if last is not None and last.code == 0:
+            return None
+    return layers.resolve(files=[run.settings_file])
 
 
 def make(resolved: Resolved, environ: Mapping[str, str]) -> Run:

@@ -3,7 +3,7 @@
 from hlrlhf.runs.attempt import STOPPED, Attempt, Outcome, SupersededError
 from hlrlhf.runs.directory import Job, Run, RunError
 from hlrlhf.runs.index import create, every, find
-from hlrlhf.runs.records import Progress, attempts, log_files, progress
+from hlrlhf.runs.records import Progress, Saved, attempts, log_files, progress, saved
 
 __all__ = [
     "STOPPED",
@@ -13,6 +13,7 @@ __all__ = [
     "Progress",
     "Run",
     "RunError",
+    "Saved",
     "SupersededError",
     "attempts",
     "create",
@@ -20,4 +21,5 @@ __all__ = [
     "find",
     "log_files",
     "progress",
+    "saved",
 ]

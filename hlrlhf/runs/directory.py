@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -125,6 +125,11 @@ class Run:
         return self.directory / "resume"
 
     @property
+    def newest_checkpoint(self) -> Path:
+        """The step of the newest state in `resume`, and where it is."""
+        return self.directory / "checkpoint.json"
+
+    @property
     def skipped(self) -> Path:
         """The folder of the batches at which a run stopped whose numbers were not finite."""
         return self.directory / "skipped"
@@ -143,6 +148,33 @@ class Run:
     def is_deleted(self) -> bool:
         """Whether the directory is gone, or cannot be reached from here."""
         return not os.path.isdir(self.directory)  # noqa: PTH112 - Path raises on what it cannot reach
+
+    def write_script(self, text: str) -> None:
+        """Write ``job.sbatch``.
+
+        Raises:
+            RunError: it cannot be written.
+        """
+        try:
+            _replace(self.script, text)
+        except OSError as error:
+            raise RunError(f"{self.script}: {error.strerror}") from error
+
+    @contextlib.contextmanager
+    def without_job(self) -> Iterator[None]:
+        """While the run gets another job, which may begin before it is recorded.
+
+        Without the last one's record, which comes back if there is an error: the new job would take
+        the directory for another's.
+        """
+        job = self.job()
+        try:
+            self.job_file.unlink(missing_ok=True)
+            yield
+        except BaseException:
+            if job is not None and not self.job_file.exists():
+                self.record(job)
+            raise
 
     def record(self, job: Job) -> None:
         """Write ``job.json``, and its copy in the index if that is possible.

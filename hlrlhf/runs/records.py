@@ -69,6 +69,28 @@ def progress(run: Run) -> Progress | None:
     return None
 
 
+@dataclass(frozen=True)
+class Saved:
+    """The newest checkpoint of a run.
+
+    Attributes:
+        step: steps done by then.
+        written: when, in Unix seconds.
+    """
+
+    step: int
+    written: float
+
+
+def saved(run: Run) -> Saved | None:
+    """The newest checkpoint, or None. Whether it is whole shows when a run goes on from it."""
+    try:
+        record = json.loads(run.newest_checkpoint.read_text(encoding="utf-8"))
+        return Saved(int(record["step"]), run.newest_checkpoint.stat().st_mtime)
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
 def attempts(run: Run, job: Job) -> dict[int, Outcome | None]:
     """The attempts of a job that left a trace, in order, each with how it said that it ended."""
     found: dict[int, Outcome | None] = {}

@@ -137,6 +137,20 @@ def cancel(
         _check(done)
 
 
+def signal(
+    job_id: str, name: str, cluster: str | None = None, environ: Mapping[str, str] = os.environ
+) -> None:
+    """Send a signal to the ranks of a job, not to its script.
+
+    Raises:
+        SlurmError: Slurm could not be reached.
+        Rejected: scancel refused.
+    """
+    done = _run(["scancel", *_on(cluster), f"--signal={name}", job_id], environ)
+    if not already_ended(done.stderr):
+        _check(done)
+
+
 def parse_submitted(text: str) -> tuple[str, str | None] | None:
     """Job id and cluster from what ``sbatch --parsable`` printed.
 

@@ -46,7 +46,8 @@ PRELUDE = """
 import os, pathlib, signal, sys, time
 rank = int(os.environ['RANK'])
 def leave(code, why=''):
-    pathlib.Path(f"logs/{os.environ['HLRLHF_JOB']}.0.rank").write_text(f'{code}\\n{why}\\n')
+    own = f"{os.environ['HLRLHF_JOB']}.{os.environ['HLRLHF_ATTEMPT']}"
+    pathlib.Path(f"logs/{own}.rank").write_text(f'{code}\\n{why}\\n')
     sys.exit(code)
 """
 

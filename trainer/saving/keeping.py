@@ -6,6 +6,7 @@ by rank 0, makes them a checkpoint. Training goes on meanwhile, unless the copy 
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import shutil
@@ -23,7 +24,7 @@ from torch import Tensor
 from hlrlhf.runs import Attempt
 from hlrlhf.settings import Settings
 from hlrlhf.trainer.errors import TrainerError
-from hlrlhf.trainer.records import warn
+from hlrlhf.trainer.records import put, warn
 from hlrlhf.trainer.saving import checkpoint
 from hlrlhf.trainer.saving.checkpoint import Checkpoint, DamagedError, Digest
 from hlrlhf.trainer.state import State
@@ -234,6 +235,8 @@ class Checkpoints:
         if place.exists():  # damaged, or this attempt would not have come by here again
             shutil.rmtree(place)
         save.unfinished.rename(place)
+        record = {"step": save.step, "folder": str(place)}
+        put(self._attempt.run.newest_checkpoint, json.dumps(record) + "\n")
         for folder in self._spare():
             shutil.rmtree(folder, ignore_errors=True)
 
