@@ -57,16 +57,13 @@ def _ended_at_the_limit(resolved: Resolved) -> Iterator[str]:
     settings = resolved.settings
     time = settings.slurm.time
     # To Slurm, 0 is no limit either.
-    if time is None or re.fullmatch("UNLIMITED|[0:-]+", time) or settings.slurm.signal_lead:
+    if time is None or re.fullmatch("UNLIMITED|[0:-]+", time) or settings.slurm.requeue:
         return
     where = f"slurm.time = {time!r} ({resolved.values['slurm.time'].origin})"
-    if settings.save_interval:
-        lost = f"what it learnt since its last save (save_interval = {settings.save_interval})"
-        advice = "set slurm.signal_lead, with which it saves before, or a smaller save_interval"
-    else:
-        lost = "all that it learnt, since nothing is saved before the end"
-        advice = "set slurm.signal_lead, with which it saves before, or save_interval"
-    yield f"{where}: a run that this limit ends is not warned, and loses {lost}; {advice}"
+    yield (
+        f"{where}: a run that needs longer stops before this limit, with a checkpoint; with "
+        "slurm.requeue=true it goes on by itself, else by hlrlhf resume"
+    )
 
 
 def _seen_here_only(

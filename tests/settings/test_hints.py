@@ -46,19 +46,10 @@ def test_a_run_that_has_all_gets_no_hint(mounts: Path) -> None:
     assert said(mounts) == []
 
 
-def test_a_limit_without_a_warning_and_without_saves_loses_all(mounts: Path) -> None:
+def test_a_limit_after_which_nobody_starts_the_run_again(mounts: Path) -> None:
     assert said(mounts, "slurm.time=12:00:00") == [
-        "slurm.time = '12:00:00' (flag --set): a run that this limit ends is not warned, and loses "
-        "all that it learnt, since nothing is saved before the end; set slurm.signal_lead, with "
-        "which it saves before, or save_interval"
-    ]
-
-
-def test_a_limit_without_a_warning_loses_what_came_after_the_last_save(mounts: Path) -> None:
-    assert said(mounts, "slurm.time=90", "save_interval=100") == [
-        "slurm.time = '90' (flag --set): a run that this limit ends is not warned, and loses what "
-        "it learnt since its last save (save_interval = 100); set slurm.signal_lead, with which "
-        "it saves before, or a smaller save_interval"
+        "slurm.time = '12:00:00' (flag --set): a run that needs longer stops before this limit, "
+        "with a checkpoint; with slurm.requeue=true it goes on by itself, else by hlrlhf resume"
     ]
 
 
@@ -66,10 +57,10 @@ def test_a_limit_without_a_warning_loses_what_came_after_the_last_save(mounts: P
     "flags",
     [
         *(["slurm.time=UNLIMITED"], ["slurm.time=0"], ["slurm.time=0-00:00:00"]),
-        ["slurm.time=10", "slurm.signal_lead=60"],
+        ["slurm.time=10", "slurm.requeue=true"],
     ],
 )
-def test_no_limit_or_a_warning_loses_nothing(mounts: Path, flags: list[str]) -> None:
+def test_no_limit_or_a_requeue_needs_no_hint(mounts: Path, flags: list[str]) -> None:
     assert said(mounts, *flags) == []
 
 
