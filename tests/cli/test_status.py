@@ -55,7 +55,7 @@ def test_one_several_and_all_runs(on_slurm: Cluster, submit: Callable[..., Run])
         ["running", job_id(running), "RUNNING"],
     ]
     assert "(exit code 3)" in lines[1]
-    assert (lines[2].split()[3], lines[2].split()[5]) == ("3/8", "0.250")
+    assert (lines[2].split()[3], lines[2].split()[6]) == ("3/8", "0.250")
     assert "0:01:05" in lines[2]
     on_slurm.run("scancel", job_id(running))
 
