@@ -13,7 +13,7 @@ COMPILE := $(BIN)/python -m compileall -q hlrlhf presets templates trainer
 
 help:
 	@echo 'make demo           train a small actor on this machine, in about two minutes'
-	@echo 'make test           format, types and all tests; as root it also installs Slurm'
+	@echo 'make test           format, types and all tests; as root it also installs Slurm and Docker'
 	@echo 'make test-portable  the numeric tests as other processors would run them, in about an hour'
 	@echo 'make check          format and types only'
 	@echo 'make docs           write docs/settings.md and docs/architectures.md again'
@@ -23,7 +23,7 @@ demo: .venv/.train
 	@$(BIN)/hlrlhf submit --preset demo --local
 
 test: .venv/.test
-	@tests/install-slurm.sh
+	@tests/install.sh
 	@$(MAKE) --no-print-directory check
 	$(BIN)/pytest
 

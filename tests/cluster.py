@@ -39,7 +39,7 @@ SBIN = ("/usr/local/sbin", "/usr/sbin", "/sbin")
 def missing() -> list[str]:
     """What this machine lacks to run the cluster; empty when it can."""
     commands = COMMANDS + ACCOUNTING_COMMANDS
-    lacking = [name for name in commands if shutil.which(name, path=_path()) is None]
+    lacking = [name for name in commands if shutil.which(name, path=daemons_path()) is None]
     return lacking + (["root"] if os.geteuid() else [])
 
 
@@ -63,6 +63,19 @@ def job_id(run: Run) -> str:
     return job.id
 
 
+def spawn(log: Path, environ: dict[str, str], *command: str) -> subprocess.Popen[bytes]:
+    """Start a daemon that gets TERM when this process dies."""
+    with log.open("ab") as out:
+        return subprocess.Popen(
+            ["setpriv", "--pdeathsig", "TERM", "--", *command],
+            env=environ,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+        )
+
+
 class Cluster:
     """The cluster, once started.
 
@@ -82,7 +95,7 @@ class Cluster:
         self._daemons: list[subprocess.Popen[bytes]] = []
         outside = ("SLURM", "SBATCH", "SRUN", "SQUEUE", "SACCT", "HL_", "PMI", "MYSQL")
         self.environ = {k: v for k, v in os.environ.items() if not k.startswith(outside)} | {
-            "PATH": _path(),
+            "PATH": daemons_path(),
             "SLURM_CONF": str(self.folder / "slurm.conf"),
             "MYSQL_UNIX_PORT": str(self.folder / "mariadb.sock"),
             "HL_MASTER_ADDR": "127.0.0.1",
@@ -230,18 +243,8 @@ class Cluster:
         self.run("sacctmgr", "-i", "add", "cluster", "test")
 
     def _spawn(self, command: str, *arguments: str) -> None:
-        """Start a daemon that gets TERM when this process dies."""
-        with (self.folder / f"{command}.out").open("ab") as out:
-            self._daemons.append(
-                subprocess.Popen(
-                    ["setpriv", "--pdeathsig", "TERM", "--", command, *arguments],
-                    env=self.environ,
-                    stdin=subprocess.DEVNULL,
-                    stdout=out,
-                    stderr=out,
-                    start_new_session=True,
-                )
-            )
+        log = self.folder / f"{command}.out"
+        self._daemons.append(spawn(log, self.environ, command, *arguments))
 
     def _configure(self, ports: list[int]) -> None:
         controller, n1, n2, dbd = ports
@@ -312,7 +315,7 @@ StorageLoc=slurm
         )
 
 
-def _path() -> str:
+def daemons_path() -> str:
     """PATH with the folders of system daemons, which a user's shell may not have."""
     return os.pathsep.join([os.environ.get("PATH", os.defpath), *SBIN])
 

@@ -18,7 +18,12 @@ from hlrlhf.runs import Job, Run
 from hlrlhf.slurm import client
 
 # Where there is no torch, the tests that compute are left out.
-NEED_TORCH = ["trainer/*", "whole/test_breakdowns.py", "whole/test_real.py"]
+NEED_TORCH = [
+    "trainer/*",
+    "whole/test_breakdowns.py",
+    "whole/test_container.py",
+    "whole/test_real.py",
+]
 collect_ignore_glob = [] if find_spec("torch") else NEED_TORCH
 
 # In the background of a shell, or under nohup, these are ignored, and so they would be by every
