@@ -134,16 +134,20 @@ def test_a_run_in_containers_trains_to_its_end(
     assert owners == {(user.pw_uid, user.pw_gid)}
 
 
-def test_a_warned_run_in_containers_saves_and_says_so(
+def test_a_warned_run_in_containers_saves_is_requeued_and_goes_on(
     on_slurm: Cluster, docker: Docker, submit: Callable[..., Run]
 ) -> None:
-    run = submit(epochs=100, slurm__signal_lead=60)
+    run = submit(run_steps=8, slurm__signal_lead=60, slurm__requeue=True)
     trains(run)
     # To the batch shell, as Slurm warns.
     on_slurm.run("scancel", "--batch", "--signal=USR1", job_id(run))
     assert ended(run) == "75", said(run)
     assert list(run.directory.glob("checkpoints/step-*/actor/model.safetensors"))
     assert docker.of(job_id(run)) == []
+    on_slurm.start_now(job_id(run))
+    assert on_slurm.wait(job_id(run), "COMPLETED", "FAILED") == "COMPLETED", said(run)
+    assert "the run goes on after step" in (run.logs / f"{job_id(run)}.1.log").read_text()
+    assert [record["step"] for record in read_lines(run.metrics)] == list(range(1, 9))
 
 
 @pytest.fixture
