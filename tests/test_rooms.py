@@ -16,7 +16,8 @@ MAY_KNOW = {
     "cli": {"settings", "slurm", "runs", "jobs"},
     "trainer.formulas": set(),
     "trainer.pieces": set(),
-    "trainer.device": {"settings", "trainer.pieces"},
+    "trainer.randomness": set(),
+    "trainer.device": {"settings", "trainer.pieces", "trainer.randomness"},
     "trainer.ranks": {"trainer.device"},
     "trainer.records": set(),
     "trainer.paths": {"settings"},
@@ -31,7 +32,9 @@ LOW = {"settings", "runs", "trainer.formulas", "trainer.device", "trainer.ranks"
 MAY_KNOW["trainer.ppo"] = LOW | {
     *("trainer.data", "trainer.models", "trainer.decoding", "trainer.flops", "trainer.lengths")
 }
-MAY_KNOW["trainer.saving"] = LOW | {"trainer.models", "trainer.records"}
+MAY_KNOW["trainer.saving"] = LOW | {
+    *("trainer.models", "trainer.records", "trainer.pieces", "trainer.state")
+}
 MAY_KNOW["trainer.state"] = {"trainer.formulas", "trainer.models", "trainer.ppo"}
 MAY_KNOW["trainer.measures"] = LOW | {"trainer.models", "trainer.ppo", "trainer.flops"}
 MAY_KNOW["trainer.metrics"] = LOW | {"trainer.models", "trainer.records"}
