@@ -47,7 +47,7 @@ class NumPy:
     def get_rng_state() -> Tensor:
         """[627] int64, see `Python`."""
         _, words, place, has_gaussian, gaussian = np.random.get_state()
-        kept = _optional(gaussian if has_gaussian else None)
+        kept = _optional(float(gaussian) if has_gaussian else None)
         return torch.cat([torch.tensor([*map(int, words), place]), kept])
 
     @staticmethod
@@ -66,5 +66,4 @@ def _optional(value: float | None) -> Tensor:
 
 
 def _read(state: Tensor) -> float | None:
-    there, bits = state.split(1)
-    return float(bits.view(torch.float64)) if int(there) else None
+    return float(state[1:].view(torch.float64)) if int(state[0]) else None
