@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from hlrlhf.settings import Settings
+from hlrlhf.trainer import randomness
 from hlrlhf.trainer.errors import TrainerError
 from hlrlhf.trainer.pieces import Piece, Readable
 
@@ -36,35 +37,45 @@ class Device:
 
     def __init__(self, settings: Settings, local_rank: int):
         self.torch = torch.device("cpu")
-        # What holds a state of random numbers: modules of one form.
-        self._random: list[Any] = [torch.random]
+        self._random = self._sources()
+
+    @staticmethod
+    def _sources(**own: Any) -> dict[str, Any]:
+        """What holds a state of random numbers, of one form; `own` are the device's."""
+        return {
+            "torch": torch.random,
+            "python": randomness.Python,
+            "numpy": randomness.NumPy,
+            **own,
+        }
 
     def seed(self, seed: int) -> None:
         """Begin all random numbers of this rank anew."""
-        for module in self._random:
-            module.manual_seed(seed)
+        for source in self._random.values():
+            source.manual_seed(seed)
 
     @contextlib.contextmanager
     def seeded(self, seed: int) -> Iterator[None]:
         """Draw random numbers from `seed`; afterwards they go on as if none had been drawn."""
-        states = [module.get_rng_state() for module in self._random]
+        states = {name: source.get_rng_state() for name, source in self._random.items()}
         self.seed(seed)
         try:
             yield
         finally:
-            for module, state in zip(self._random, states, strict=True):
-                module.set_rng_state(state)
+            for name, state in states.items():
+                self._random[name].set_rng_state(state)
 
     def state(self) -> dict[str, Piece]:
         """Where this rank's random numbers are, for each of their sources."""
+        rank = dist.get_rank()
         return {
-            f"{index}.rank-{dist.get_rank()}": Piece.whole(source.get_rng_state())
-            for index, source in enumerate(self._random)
+            f"{name}.rank-{rank}": Piece.whole(source.get_rng_state())
+            for name, source in self._random.items()
         }
 
     def restore(self, state: Mapping[str, Readable]) -> None:
         """Go on from a state; a rank that it does not know goes on as it was seeded."""
-        for source, (name, piece) in zip(self._random, self.state().items(), strict=True):
+        for source, (name, piece) in zip(self._random.values(), self.state().items(), strict=True):
             if (stored := state.get(name)) is not None:
                 piece.fill(stored)
                 source.set_rng_state(piece.values)
@@ -129,7 +140,7 @@ class Cuda(Device):
             )
         self.torch = torch.device("cuda", local_rank)
         torch.cuda.set_device(self.torch)
-        self._random = [torch.random, torch.cuda]
+        self._random = self._sources(cuda=torch.cuda)
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()
@@ -171,7 +182,7 @@ class Hpu(Device):
         if not self._hpu.is_available():
             raise TrainerError("device = hpu, but the Gaudi bridge sees no device on this node")
         # torch's own manual_seed leaves the device's numbers as they are.
-        self._random = [torch.random, self._hpu.random]
+        self._random = self._sources(hpu=self._hpu.random)
         self._graphs = self._lazy and settings.enable_hpu_graphs
         self._optimum = _adapt_transformers()
         # Optimum's generate keeps shapes static in a way of its own.

@@ -65,9 +65,9 @@ def train(settings: Settings, attempt: Attempt, device: Device, warnings: Callab
     total_steps = _total_steps(settings, prompts)
     rank = dist.get_rank()
     checkpoints = Checkpoints(settings, attempt)
-    found = checkpoints.newest()
-    done = export.final(settings, attempt)
-    if done is not None and found is not None and found.step >= total_steps:
+    found = checkpoints.newest(total_steps)
+    done = export.final(settings, attempt) if rank == 0 else None
+    if found is not None and found.step >= total_steps and ranks.agreed(done is not None, device):
         if rank == 0:
             print(f"all {total_steps} steps are done, and actor and critic are in {done}")
         return End.COMPLETE
@@ -88,7 +88,7 @@ def train(settings: Settings, attempt: Attempt, device: Device, warnings: Callab
     evaluation = Evaluation(prompts.held_out, decoder, settings, device)
     state = State(models, rewards, kl, mix, guard, evaluation)
     if found is not None:
-        state.restore(found.state())
+        checkpoints.restore(state, found)
 
     exports = Exports(settings, models, tokenizer, attempt)
     recorder = None

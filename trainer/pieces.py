@@ -9,8 +9,20 @@ import torch
 from torch import Tensor
 
 
+class MismatchError(Exception):
+    """A tensor is not the one that was asked for; says how."""
+
+
 class Readable(Protocol):
     """A whole tensor, wherever its numbers are."""
+
+    @property
+    def name(self) -> str:
+        """The tensor's."""
+
+    @property
+    def total(self) -> int:
+        """Numbers in it."""
 
     def read(self, start: int, stop: int) -> Tensor:
         """Its flat values from `start` up to `stop`, [stop - start]."""
@@ -39,5 +51,13 @@ class Piece:
 
     @torch.no_grad()
     def fill(self, source: Readable) -> None:
-        """Take the values from a tensor that holds all of them."""
+        """Take the values from a tensor that holds all of them.
+
+        Raises:
+            MismatchError: it has more or fewer than the one that this is a piece of.
+        """
+        if source.total != self.total:
+            raise MismatchError(
+                f"{source.name} has {source.total:,} numbers there and {self.total:,} here"
+            )
         self.values.copy_(source.read(self.start, self.start + len(self.values)))

@@ -56,10 +56,13 @@ class State:
         return {"run": {"step": self.step}} | members
 
     def restore(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """Go on from a state, see `Stateful.restore`."""
+        """Go on from a state, see `Stateful.restore`.
+
+        It may be of a run with other settings, that had no average and no texts: these begin here.
+        """
         self.step = state["run"]["step"]
         for name, member in self._members().items():
-            member.restore(state[name])
+            member.restore(state.get(name, {}))
 
     def _members(self) -> dict[str, Stateful]:
         members: dict[str, Stateful | None] = {

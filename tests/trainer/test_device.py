@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy
 import psutil
 import pytest
 import torch
 from ranks import Run, prepare, train, variables
+from tiny import one_rank  # noqa: F401
 
 from hlrlhf.settings import Settings, layers
 from hlrlhf.trainer import device
 from hlrlhf.trainer.data import reading
 from hlrlhf.trainer.decoding.decoder import sampling
 from hlrlhf.trainer.errors import TrainerError
+from hlrlhf.trainer.pieces import Piece
 from hlrlhf.trainer.ppo import rollout
 
 HERE = Path(__file__).parents[1]
@@ -38,6 +42,40 @@ def settings_of(**changes: Any) -> Settings:
     mandatory = ("tag", "base_out_path", "actor.model_path", "critic.model_path", "dataset.path")
     values = dict.fromkeys(mandatory, "x") | changes
     return layers.resolve(environ={}, flags=[f"{n}={v}" for n, v in values.items()]).settings
+
+
+def drawn() -> list[float]:
+    """A number from each source that a reward function may draw from; Gaussians come in pairs."""
+    return [float(torch.rand(1)), random.gauss(), random.random(), *numpy.random.normal(size=3)]
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_all_random_numbers_follow_from_the_seed_and_from_a_state() -> None:
+    own = device.select(settings_of(device="cpu"), 0)
+    own.seed(2**32 - 1)
+    first = drawn()
+    own.seed(2**32 - 1)
+    assert drawn() == first
+    kept = {name: Held(piece) for name, piece in own.state().items()}
+    expected = drawn()
+    with own.seeded(2**32 - 1):
+        assert drawn() == first
+    own.restore(kept)
+    assert drawn() == expected
+    own.restore(kept)
+    with own.seeded(5):
+        drawn()
+    assert drawn() == expected
+
+
+class Held:
+    """A piece that was copied, as a checkpoint reads it."""
+
+    def __init__(self, piece: Piece):
+        self.name, self.total, self.values = "a piece", piece.total, piece.values.clone()
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        return self.values[start:stop]
 
 
 def environment(*stand_ins: str, **more: str) -> dict[str, str]:

@@ -71,7 +71,11 @@ class Average:
         return pieces
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state."""
+        """Go on from a state; without one, from the weights as they are now."""
+        if not state:
+            for parameter, average in self._averages.items():
+                average.copy_(self._read(parameter))
+            return
         for name, piece in self.state().items():
             piece.fill(state[name])
 

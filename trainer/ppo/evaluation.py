@@ -6,6 +6,8 @@ state of its own: a run trains the same with and without evaluations.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -72,17 +74,19 @@ class Evaluation:
         return due and step > self._last
 
     def state(self) -> dict[str, Any]:
-        """The step of the last evaluation, and the reference's answers."""
+        """The step of the last evaluation; the reference's answers, and to what it gave them."""
         answers = self._reference
         if answers is None:
             return {"last": self._last}
         columns = {name: getattr(answers, name).tolist() for name in ("scores", "kl", "ended")}
-        return {"last": self._last, "reference": columns | {"tokens": answers.tokens}}
+        columns |= {"tokens": answers.tokens, "asked": self._asked()}
+        return {"last": self._last, "reference": columns}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state."""
+        """Go on from a state; the reference's answers to other questions are left alone."""
         self._last = state["last"]
-        if (kept := state.get("reference")) is not None:
+        kept = state.get("reference")
+        if kept is not None and kept["asked"] == self._asked():
             columns = {name: torch.tensor(kept[name]) for name in ("scores", "kl", "ended")}
             self._reference = Answers(**columns, tokens=kept["tokens"])
 
@@ -107,7 +111,8 @@ class Evaluation:
         self._last = step
         answers = self._answer(actor, reference, scores)
         if self._reference is None:
-            same = self._settings.starts_at_reference
+            # The run may have gone on from one that had another evaluation, or none.
+            same = step == 0 and self._settings.starts_at_reference
             self._reference = answers if same else self._answer(reference, reference, scores)
         means = {
             "evaluation_reward": answers.scores.mean().item(),
@@ -129,6 +134,17 @@ class Evaluation:
             for i, prompt in enumerate(self._prompts)
         ]
         return means, records
+
+    def _asked(self) -> str:
+        """The digest of all that the reference's answers and their scores follow from."""
+        settings = self._settings
+        groups = (settings.generation, settings.reward, settings.reference)
+        asked = [
+            *(group.model_dump(mode="json") for group in groups),
+            *(settings.seed, settings.dtype, settings.actor.model_path),
+            *(settings.critic.model_path, list(self._prompts)),
+        ]
+        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
     @torch.no_grad()
     def _answer(

@@ -61,7 +61,7 @@ class Mix:
 
     def restore(self, state: Mapping[str, int]) -> None:
         """Go on from a state."""
-        self._taken = state["rows"] // (self._settings.world_size * self._settings.mbs)
+        self._taken = state.get("rows", 0) // (self._settings.world_size * self._settings.mbs)
 
 
 def load_mix(settings: Settings, tokenizer: PreTrainedTokenizerBase, device: Device) -> Mix | None:

@@ -2,14 +2,17 @@
 
 A folder ``step-N`` with ``numbers.json``, what JSON can hold; ``rank-R.P.safetensors``, the pieces
 of tensors that rank R kept; and ``manifest.json``, which names every other file with its size and
-digest. It becomes visible by one rename, so a folder without a manifest was never one.
+digest, and has a digest of its own. It becomes visible by one rename, so a folder without a
+manifest was never one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +27,8 @@ from hlrlhf.trainer.pieces import Piece
 
 MANIFEST, NUMBERS = "manifest.json", "numbers.json"
 FORMAT = 1
+# Bytes of tensors in a file: older releases of safetensors hold them once more as they write.
+PART = 2**28
 # What a file's name is followed by in the manifest.
 Digest = dict[str, Any]
 State = Mapping[str, Mapping[str, Any]]
@@ -38,29 +43,38 @@ def numbers_of(state: State) -> dict[str, dict[str, Any]]:
 
 
 def pieces_of(state: State) -> Iterator[tuple[str, Piece]]:
-    """The pieces that this rank is to save, each under a key that says its place."""
+    """The pieces that this rank is to save, by member and name."""
     for member, values in state.items():
         for name, value in values.items():
             if isinstance(value, Piece) and value.kept:
-                yield f"{member}/{name}@{value.start}/{value.total}", value
+                yield f"{member}/{name}", value
 
 
-def parts(pieces: Iterable[tuple[str, Piece]], limit: int) -> Iterator[dict[str, Tensor]]:
-    """Copies of pieces in host memory, up to about `limit` bytes at a time."""
+def parts(pieces: Iterable[tuple[str, Piece]], limit: int = PART) -> Iterator[dict[str, Tensor]]:
+    """Copies in host memory, of up to `limit` bytes at a time, under keys that say their places."""
     part: dict[str, Tensor] = {}
     size = 0
-    for key, piece in pieces:
-        if part and size + piece.values.nbytes > limit:
-            yield part
-            part, size = {}, 0
-        part[key] = piece.values.detach().to("cpu", copy=True)
-        size += piece.values.nbytes
+    for name, piece in pieces:
+        for begin, values in _cut(piece.values, limit):
+            if part and size + values.nbytes > limit:
+                yield part
+                part, size = {}, 0
+            copied = values.detach().to("cpu", copy=True)
+            part[f"{name}@{piece.start + begin}/{piece.total}"] = copied
+            size += values.nbytes
     yield part
 
 
-def write_part(file: Path, part: Mapping[str, Tensor]) -> Digest:
-    """Write pieces, down to the disk."""
-    save_file(dict(part), file)
+def _cut(values: Tensor, limit: int) -> Iterator[tuple[int, Tensor]]:
+    length = max(1, limit // values.element_size())
+    for begin in range(0, len(values), length):
+        yield begin, values[begin : begin + length]
+
+
+def write_part(file: Path, part: dict[str, Tensor]) -> Digest:
+    """Write pieces, down to the disk, and let go of them before the next ones are copied."""
+    save_file(part, file)
+    part.clear()
     return _written(file)
 
 
@@ -68,6 +82,32 @@ def write_json(file: Path, content: Any) -> Digest:
     """Write numbers, down to the disk."""
     file.write_text(json.dumps(content), encoding="utf-8")
     return _written(file)
+
+
+def write_manifest(folder: Path, about: Mapping[str, Any], files: Mapping[str, Digest]) -> None:
+    """Say what makes a checkpoint of the files in a folder, once all of them are there.
+
+    Raises:
+        OSError: one is not, as this host sees it, or not whole.
+    """
+    for name, digest in files.items():
+        # safetensors writes files that their owner alone can read, whatever the umask says.
+        shutil.copymode(folder / NUMBERS, folder / name)
+        if (folder / name).stat().st_size != digest["size"]:
+            raise OSError(f"{name} is not whole as rank 0 sees it")
+    content = dict(about) | {"files": dict(files)}
+    write_json(folder / MANIFEST, content | {"sha256": _of(content)})
+    settle(folder)
+
+
+def settle(folder: Path) -> None:
+    """Have the names in a folder on the disk, where its file system can say when they are."""
+    with contextlib.suppress(OSError):
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
 
 
 def _written(file: Path) -> Digest:
@@ -82,6 +122,11 @@ def _sha256(file: Path) -> str:
         while block := opened.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _of(content: Mapping[str, Any]) -> str:
+    """The digest of a manifest's content."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 class DamagedError(Exception):
@@ -112,16 +157,19 @@ class Checkpoint:
         Raises:
             DamagedError: it has no manifest that can be read.
         """
+        file = folder / MANIFEST
         try:
-            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            if manifest["format"] != FORMAT:
-                raise DamagedError(f"{folder}: a format that this release does not know")
-            found = cls(folder, manifest)
-            assert found.step >= 0
-            assert NUMBERS in manifest["files"]
-        except (OSError, ValueError, LookupError, TypeError, AssertionError) as error:
-            raise DamagedError(f"{folder / MANIFEST}: {_reason(error)}") from error
-        return found
+            manifest = json.loads(file.read_text(encoding="utf-8"))
+            form, digest = manifest["format"], manifest.pop("sha256", None)
+        except (OSError, ValueError) as error:
+            raise DamagedError(f"{file}: {_reason(error)}") from error
+        except (LookupError, TypeError, AttributeError) as error:
+            raise DamagedError(f"{file}: is no manifest of a checkpoint") from error
+        if form != FORMAT:
+            raise DamagedError(f"{file}: has format {form}, and this release reads {FORMAT}")
+        if digest != _of(manifest):
+            raise DamagedError(f"{file}: is not what was written")
+        return cls(folder, manifest)
 
     def check(self, rank: int, ranks: int) -> None:
         """Compare this rank's share of the files with the manifest, bit for bit.
@@ -163,7 +211,7 @@ class Checkpoint:
             path, _, place = key.rpartition("@")
             member, _, name = path.partition("/")
             start, total = map(int, place.split("/"))
-            whole = state[member].setdefault(name, _Stored(key, total, []))
+            whole = state[member].setdefault(name, _Stored(path, total, []))
             length = opened.get_slice(key).get_shape()[0]
             whole.pieces.append((start, start + length, opened, key))
 
@@ -185,16 +233,6 @@ class _Stored:
         if reached < stop or stop > self.total:
             raise DamagedError(f"{self.name}: no numbers from {reached} to {stop}")
         return torch.cat(found)
-
-
-def every(folder: Path) -> list[Path]:
-    """The folders of checkpoints, the newest first, whole or not."""
-    try:
-        names = [path for path in folder.iterdir() if path.name.startswith("step-")]
-    except OSError:
-        return []
-    known = [path for path in names if path.name.removeprefix("step-").isdigit()]
-    return sorted(known, key=lambda path: -int(path.name.removeprefix("step-")))
 
 
 def _reason(error: BaseException) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import shutil
 import threading
 import time
@@ -24,9 +23,11 @@ from torch import Tensor
 from hlrlhf.runs import Attempt
 from hlrlhf.settings import Settings
 from hlrlhf.trainer.errors import TrainerError
+from hlrlhf.trainer.pieces import MismatchError
 from hlrlhf.trainer.records import put, warn
 from hlrlhf.trainer.saving import checkpoint
 from hlrlhf.trainer.saving.checkpoint import Checkpoint, DamagedError, Digest
+from hlrlhf.trainer.saving.retention import Retention, every
 from hlrlhf.trainer.state import State
 
 GIGABYTE = 10**9
@@ -43,6 +44,7 @@ class _Save:
     unfinished: Path
     numbers: dict[str, dict[str, Any]]
     about: dict[str, Any]
+    last: bool
 
 
 class Checkpoints:
@@ -64,6 +66,10 @@ class Checkpoints:
         if settings.checkpoint_path:
             # A folder outside the run directory may be shared by runs, whose names differ.
             self._folder = Path(settings.checkpoint_path, attempt.run.name, attempt.run.resume.name)
+        own = self._own
+        self._retention = Retention(self._folder, attempt.number, own.keep, own.keep_best)
+        # The step that is on disk already: the one that the run went on from.
+        self._saved: int | None = None
         # For what ranks tell each other of their files while training uses its own groups.
         self._group = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
         self._began = time.monotonic()
@@ -74,7 +80,7 @@ class Checkpoints:
     @property
     def on(self) -> bool:
         """Whether the run saves any unasked."""
-        return self._own.interval > 0 or self._own.minutes > 0
+        return self._own.interval > 0 or self._own.minutes > 0 or self._own.keep_best
 
     def wanted(self, step: int, evaluated: float | None) -> bool:
         """Whether to save after a step, by this rank's clock and what it sees on the disk.
@@ -88,7 +94,7 @@ class Checkpoints:
             return True
         if seconds and time.monotonic() - self._began >= seconds:
             return True
-        return evaluated is not None and self._is_best(evaluated)
+        return evaluated is not None and self._retention.is_best(evaluated)
 
     def save(self, state: State, evaluated: float | None = None, *, wait: bool = False) -> None:
         """Save the state; what is on disk is a whole checkpoint or nothing.
@@ -101,9 +107,11 @@ class Checkpoints:
             wait: until it is on disk.
         """
         self.wait()
-        content = state.state()
         step = state.step
-        unfinished = self._folder / f".step-{step}.{self._attempt.number}.unfinished"
+        if step == self._saved:
+            return
+        content = state.state()
+        unfinished = self._retention.unfinished(f"step-{step}")
         about = {
             "format": checkpoint.FORMAT,
             "step": step,
@@ -111,16 +119,13 @@ class Checkpoints:
             "reward": evaluated if evaluated is not None and math.isfinite(evaluated) else None,
             "settings": {name: _value(self._settings, name) for name in SAME},
         }
-        save = _Save(step, unfinished, checkpoint.numbers_of(content), about)
+        save = _Save(step, unfinished, checkpoint.numbers_of(content), about, wait)
         pieces = list(checkpoint.pieces_of(content))
         limit = int(self._own.memory * GIGABYTE)
         fits = sum(piece.values.nbytes for _, piece in pieces) <= limit
         # One rank that has no room for its copy keeps all of them waiting.
-        together: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(together, fits, group=self._group)
-        # With no memory to use, a piece at a time.
-        parts = checkpoint.parts(pieces, max(limit, 1))
-        if all(together):
+        parts = checkpoint.parts(pieces)
+        if all(self._of_all(fits)):
             copied = iter(list(parts))
             self._writing = threading.Thread(target=self._write, args=(save, copied))
             self._writing.start()
@@ -139,52 +144,103 @@ class Checkpoints:
             warn(self._said)
             self._said = None
 
-    def newest(self) -> Checkpoint | None:
+    def newest(self, total_steps: int) -> Checkpoint | None:
         """The checkpoint that the run goes on from, checked; None where it begins.
 
         A damaged one is named, and the one before it is taken. What an attempt left unfinished is
         removed.
 
+        Args:
+            total_steps: of the run.
+
         Raises:
-            TrainerError: `resume_from` is to be used, and is no whole checkpoint; or the checkpoint
-                does not go with the settings.
+            TrainerError: `resume_from` is to be used, and holds no whole checkpoint or more steps
+                than the run has; or the checkpoint does not go with the settings.
         """
         if dist.get_rank() == 0:
-            for left in self._folder.glob(".step-*.unfinished"):
-                number = re.fullmatch(r"\.step-\d+\.(\d+)\.unfinished", left.name)
-                if number and int(number[1]) <= self._attempt.number:
-                    shutil.rmtree(left, ignore_errors=True)
-        found = next(self._whole(checkpoint.every(self._folder)), None)
-        source = self._settings.resume_from
-        if found is None and source is not None:
-            folder = Path(source)
-            inside = checkpoint.every(folder / self._folder.name) or checkpoint.every(folder)
-            found = next(self._whole(inside or [folder]), None)
-            if found is None:
-                raise TrainerError(
-                    f"{source}: holds no whole checkpoint to begin from (HL_RESUME_FROM)"
-                )
+            self._attempt.check()
+            for left in self._retention.sweep():
+                warn(f"{left}: was left unfinished, and is removed")
+        found, reasons = self._first_whole([self._folder])
+        self._retention.damaged(reasons)
+        self._warn_of(reasons)
+        if found is not None:
+            self._saved = found.step
+        elif (source := self._settings.resume_from) is not None:
+            found = self._source(Path(source), total_steps)
+        elif reasons and dist.get_rank() == 0:
+            warn(f"{self._folder}: holds no whole checkpoint; the run begins anew")
         if found is not None:
             self._check_settings(found)
         return found
 
-    def _whole(self, folders: list[Path]) -> Iterator[Checkpoint]:
-        """Those that are as they were written, as all ranks see them; the others are named."""
+    def restore(self, state: State, found: Checkpoint) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            TrainerError: it is of other models.
+        """
+        try:
+            state.restore(found.state())
+        except (DamagedError, MismatchError) as error:
+            words = str(error)
+        except KeyError as error:
+            words = f"it has no {error.args[0]}"
+        else:
+            return
+        raise TrainerError(f"{found.folder}: does not fit the models of this run: {words}")
+
+    def _source(self, source: Path, total_steps: int) -> Checkpoint:
+        """The one that the settings name to begin from."""
+        found, reasons = self._first_whole([source / self._folder.name, source], source)
+        if found is None:
+            raise TrainerError(
+                f"{source}: is neither a run's directory with a whole checkpoint nor one "
+                f"(HL_RESUME_FROM): {'; '.join(reasons.values())}"
+            )
+        self._warn_of(reasons)
+        if found.step >= total_steps:
+            raise TrainerError(
+                f"{found.folder}: has done {found.step} steps (HL_RESUME_FROM), and the run has "
+                f"{total_steps} in all: to train on, set more with HL_RUN_STEPS or HL_EPOCHS"
+            )
+        return found
+
+    def _first_whole(
+        self, places: list[Path], alone: Path | None = None
+    ) -> tuple[Checkpoint | None, dict[Path, str]]:
+        """The newest whole checkpoint as all ranks see it, and why those before it are not.
+
+        Args:
+            places: folders with checkpoints, of which the first that has any counts.
+            alone: what is taken for a checkpoint itself where none of them has any.
+        """
+        # Listed by one rank: another's view of the disk may be older, and it would wait for ever.
+        folders = next(filter(None, map(every, places)), [alone] if alone else [])
+        (folders,) = self._of_all(folders)[:1]
+        damaged: dict[Path, str] = {}
         for folder in folders:
-            reasons: list[Any] = [None] * dist.get_world_size()
-            one = None
+            reason = None
             try:
                 one = Checkpoint.at(folder)
                 one.check(dist.get_rank(), dist.get_world_size())
-                reason = None
             except DamagedError as error:
                 reason = str(error)
-            dist.all_gather_object(reasons, reason, group=self._group)
-            said = next(filter(None, reasons), None)
-            if said is None and one is not None:
-                yield one
-            elif dist.get_rank() == 0:
-                warn(f"{said}; this checkpoint is damaged and is not used")
+            if not any(reasons := self._of_all(reason)):
+                return one, damaged
+            damaged[folder] = next(filter(None, reasons))
+        return None, damaged
+
+    def _warn_of(self, reasons: dict[Path, str]) -> None:
+        if dist.get_rank() == 0:
+            for reason in reasons.values():
+                warn(f"{reason}; this checkpoint is damaged and is not used")
+
+    def _of_all(self, value: Any) -> list[Any]:
+        """What each rank says."""
+        said: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(said, value, group=self._group)
+        return said
 
     def _check_settings(self, found: Checkpoint) -> None:
         was = found.manifest.get("settings", {})
@@ -209,62 +265,30 @@ class Checkpoints:
                 files[name] = checkpoint.write_part(save.unfinished / name, part)
         except Exception as error:  # the libraries raise types of their own
             failure = _words(error)
-        every: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(every, (files, failure), group=self._group)
+        told = self._of_all((files, failure))
         self.seconds = max(self.seconds, time.monotonic() - began)
         if rank > 0:
             return
         try:
-            for _, failed in every:
+            for number, (_, failed) in enumerate(told):
                 if failed is not None:
-                    raise OSError(failed)
-            self._finish(save, {name: digest for held, _ in every for name, digest in held.items()})
+                    raise OSError(f"{failed} (rank {number})")
+            self._finish(save, {name: digest for held, _ in told for name, digest in held.items()})
         except Exception as error:
             shutil.rmtree(save.unfinished, ignore_errors=True)
             self._said = (
                 f"{self._folder}: the checkpoint of step {save.step} cannot be written: "
-                f"{_words(error)}; training goes on"
+                f"{_words(error)}" + ("" if save.last else "; training goes on")
             )
 
     def _finish(self, save: _Save, files: dict[str, Digest]) -> None:
         numbers = checkpoint.write_json(save.unfinished / checkpoint.NUMBERS, save.numbers)
         files = {checkpoint.NUMBERS: numbers, **files}
-        checkpoint.write_json(save.unfinished / checkpoint.MANIFEST, save.about | {"files": files})
+        checkpoint.write_manifest(save.unfinished, save.about, files)
         self._attempt.check()
-        place = self._folder / f"step-{save.step}"
-        if place.exists():  # damaged, or this attempt would not have come by here again
-            shutil.rmtree(place)
-        save.unfinished.rename(place)
+        place = self._retention.add(save.unfinished, save.step)
         record = {"step": save.step, "folder": str(place)}
         put(self._attempt.run.newest_checkpoint, json.dumps(record) + "\n")
-        for folder in self._spare():
-            shutil.rmtree(folder, ignore_errors=True)
-
-    def _spare(self) -> list[Path]:
-        """The folders that need not be kept: neither among the newest nor the best."""
-        whole = []
-        for folder in checkpoint.every(self._folder):
-            try:
-                whole.append(Checkpoint.at(folder))
-            except DamagedError:
-                continue
-        kept = {found.folder for found in whole[: self._own.keep]}
-        rewards = [found for found in whole if found.manifest.get("reward") is not None]
-        if self._own.keep_best and rewards:
-            kept.add(max(rewards, key=lambda found: float(found.manifest["reward"])).folder)
-        return [found.folder for found in whole if found.folder not in kept]
-
-    def _is_best(self, reward: float) -> bool:
-        """Whether no checkpoint that is kept was evaluated as well."""
-        if not self._own.keep_best:
-            return False
-        rewards = []
-        for folder in checkpoint.every(self._folder):
-            try:
-                rewards.append(Checkpoint.at(folder).manifest.get("reward"))
-            except DamagedError:
-                continue
-        return all(reward > float(other) for other in rewards if other is not None)
 
 
 def _value(settings: Settings, name: str) -> Any:

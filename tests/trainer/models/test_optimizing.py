@@ -50,7 +50,8 @@ def steps(trained: Any, numbers: range) -> None:
 class Whole:
     """A tensor that the ranks' pieces were put together to; what no piece held is no number."""
 
-    def __init__(self, total: int):
+    def __init__(self, name: str, total: int):
+        self.name, self.total = name, total
         self.values = torch.full((total,), torch.nan)
         self.writers = torch.zeros(total)
 
@@ -75,7 +76,7 @@ def put_together(state: dict[str, Any]) -> dict[str, Any]:
                 whole[name] = value
                 continue
             values, start, total, kept = value
-            tensor = whole.setdefault(name, Whole(total))
+            tensor = whole.setdefault(name, Whole(name, total))
             if kept:
                 tensor.values[start : start + len(values)] = values
                 tensor.writers[start : start + len(values)] += 1

@@ -11,6 +11,9 @@ from safetensors.torch import load_file
 from same_numbers import records
 
 STEPS, INTERVAL = 6, 2
+# A reward that draws random numbers.
+TESTS = str(Path(__file__).parents[2])
+DRAWN = {"reward__function": "interrupted:score"}
 EVERYTHING = {
     "generation__top_k": 0,
     "ppo__kl_controller": "adaptive",
@@ -24,8 +27,8 @@ EVERYTHING = {
 ZERO_3 = {"actor__zero_stage": 3, "critic__zero_stage": 3}
 ADAPTERS = {"lora__dim": 4, "only_optimize_lora": True}
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
-    "1 rank": (1, {"actor__dropout": 0.1, "ema__enabled": True}),
-    "2 ranks": (2, {"critic__dropout": 0.1}),
+    "1 rank": (1, {"actor__dropout": 0.1, "ema__enabled": True, **DRAWN}),
+    "2 ranks": (2, {"critic__dropout": 0.1, **DRAWN}),
     "ZeRO 1, adapters alone": (
         2,
         {"actor__zero_stage": 1, "critic__zero_stage": 1, "ema__enabled": True, **ADAPTERS},
@@ -60,7 +63,14 @@ def ends(directory: Path) -> dict[str, Any]:
     return found
 
 
+def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found.keys() == expected.keys()
+    for part, values in expected.items():
+        assert found[part] == values, part
+
+
 @pytest.mark.slow
+@pytest.mark.knob("checkpoint.interval")
 @pytest.mark.parametrize("name", CASES)
 def test_killed_and_gone_on_is_as_if_it_had_not_been(
     name: str, demo_models: Path, tmp_path: Path
@@ -69,18 +79,14 @@ def test_killed_and_gone_on_is_as_if_it_had_not_been(
     through, killed = tmp_path / "through", tmp_path / "killed"
     for directory in (through, killed):
         prepare(directory, demo_models, changes, count)
-    expected = ranks.train(through, count)
+    expected = ranks.train(through, count, PYTHONPATH=TESTS)
     assert expected.codes == [0] * count, expected.output
 
-    with ranks.running(killed, count) as processes:
+    with ranks.running(killed, count, PYTHONPATH=TESTS) as processes:
         ranks.wait_for((killed / "resume" / f"step-{INTERVAL}").exists, processes)
     assert any(process.exitcode for process in processes)
-    run = ranks.train(killed, count, HLRLHF_ATTEMPT="1")
+    run = ranks.train(killed, count, HLRLHF_ATTEMPT="1", PYTHONPATH=TESTS)
 
     assert run.codes == [0] * count, run.output
     assert "the run goes on after step" in run.output[0]
-    before, after = ends(through), ends(killed)
-    assert before.keys() == after.keys()
-    for part in before:
-        for one, other in zip(before[part], after[part], strict=True):
-            assert one == other, part
+    assert_same(ends(killed), ends(through))
