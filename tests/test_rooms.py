@@ -19,7 +19,7 @@ MAY_KNOW = {
     "trainer.randomness": set(),
     "trainer.device": {"settings", "trainer.pieces", "trainer.randomness"},
     "trainer.ranks": {"trainer.device"},
-    "trainer.deadline": {"settings", "runs"},
+    "trainer.deadline": {"settings", "runs", "trainer.models"},
     "trainer.records": set(),
     "trainer.paths": {"settings"},
     "trainer.demo": set(),

@@ -49,7 +49,7 @@ def train(settings: Settings, attempt: Attempt, device: Device, warnings: Callab
         warnings: how often this rank has been asked to stop early.
 
     Returns:
-        How it ended; always with a checkpoint and its models saved.
+        How it ended: with its models saved and, unless the disk did not take it, a checkpoint.
 
     Raises:
         TrainerError: the models or the data do not allow it.
@@ -91,6 +91,8 @@ def train(settings: Settings, attempt: Attempt, device: Device, warnings: Callab
         checkpoints.restore(state, found)
 
     exports = Exports(settings, models, tokenizer, attempt)
+    engines = {"actor": models.actor, "critic": models.critic}
+    trained = {role: forwards.parameters(engine.module) for role, engine in engines.items()}
     recorder = None
     if rank == 0:
         board = attempt.run.tensorboard
@@ -98,8 +100,7 @@ def train(settings: Settings, attempt: Attempt, device: Device, warnings: Callab
             # A folder outside the run directory may be shared by runs, whose names differ.
             board = Path(settings.tensorboard_path, attempt.run.name)
         recorder = Recorder(attempt, board, total_steps, state.step)
-        trained = {"actor": models.actor.module, "critic": models.critic.module}
-        recorder.models({role: forwards.parameters(model) for role, model in trained.items()})
+        recorder.models(trained)
         print(f"{total_steps} steps of {settings.gbs} prompts on {settings.world_size} ranks")
         if found is not None:
             print(f"{found.folder}: the run goes on after step {state.step}")
@@ -119,7 +120,8 @@ def train(settings: Settings, attempt: Attempt, device: Device, warnings: Callab
         settings, flops.cost(models.actor.module), flops.cost(models.critic.module), rewards.cost
     )
     clock = measures.Clock(device)
-    deadline = Deadline(settings, attempt)
+    warned = False
+    deadline = Deadline(settings, attempt, [*trained.values()])
     while state.step < total_steps:
         # 1. Take the step's prompts: in turn, so that a part of each rank's rows is a part of the
         # global batch's, in order.

@@ -37,7 +37,7 @@ def cancel(
         raise typer.BadParameter("give the runs to cancel, or --all")
     clusters: dict[str | None, dict[str, str]] = {}
     asked: list[runs.Run] = []
-    failed = False
+    failed = unreachable = False
     chosen = [] if names else runs.every()
     for name in names or []:
         try:
@@ -48,6 +48,7 @@ def cancel(
             failed = True
     if failed and not chosen:
         raise typer.Exit(2)
+    chosen = list(dict.fromkeys(chosen))
     for run, state in zip(chosen, states.look(chosen), strict=True):
         try:
             job = run.job()
@@ -71,22 +72,25 @@ def cancel(
                 asked.append(run)
             else:
                 clusters.setdefault(job.cluster, {})[job.id] = run.name
-        except (runs.RunError, client.Rejected) as error:
+        except (runs.RunError, client.Rejected, client.SlurmError) as error:
+            # One cluster that is out of reach must not keep the others' jobs running.
             _say("hlrlhf", str(error))
             failed = True
+            unreachable |= isinstance(error, client.SlurmError)
     for cluster, jobs in clusters.items():
         try:
             client.cancel(list(jobs), cluster)
-        except client.Rejected as error:
+        except (client.Rejected, client.SlurmError) as error:
             _say("hlrlhf", str(error))
             failed = True
+            unreachable |= isinstance(error, client.SlurmError)
         else:
             for job_id, name in jobs.items():
                 _say(name, f"asked Slurm to cancel job {job_id}")
     if save:
         failed |= not _all_saved(asked)
     if failed:
-        raise typer.Exit(1)
+        raise typer.Exit(client.SlurmError.exit_code if unreachable else 1)
 
 
 def _all_saved(asked: list[runs.Run]) -> bool:

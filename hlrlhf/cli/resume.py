@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from typing import Annotated
 
@@ -35,6 +36,8 @@ def resume(
     resolved = resumable(run, os.environ)
     if resolved is None:
         say(f"run {run.name} is complete; nothing is left to do")
+        if as_json:
+            print(json.dumps({"run": run.name, "directory": str(run.directory), "job": None}))
         return
     place = place_for(local)
     place.check(resolved)

@@ -139,8 +139,8 @@ class _Line:
             job = None
         before = ""
         if job and state.restarts and not state.ended:
-            ends = [end for end in runs.attempts(run, job).values() if end is not None]
-            before = f"the attempt before: {ends[-1].why}" if ends and ends[-1].why else ""
+            end = runs.attempts(run, job).get(state.restarts - 1)
+            before = end.why if end else ""
         return cls(run, job, state, progress, runs.saved(run), before)
 
     @property
@@ -211,7 +211,8 @@ class _Line:
         why = self.state.reason
         if self.state.ended and self.state.exit_code:
             why = f"{why} (exit code {self.state.exit_code})".lstrip()
-        return _plain("; ".join(filter(None, [why, self.before])))
+        before = f"the attempt before: {self.before}" if self.before else ""
+        return _plain("; ".join(filter(None, [why, before])))
 
 
 def _plain(text: str) -> str:

@@ -66,10 +66,15 @@ def start(resolved: Resolved, environ: Mapping[str, str]) -> Started:
 
 def resume(resolved: Resolved, run: Run, environ: Mapping[str, str]) -> Started:
     """See `Place.resume`. The script is made again: settings.yaml may have been changed."""
-    text = script.render(resolved, run.directory, environ)
-    with run.without_job():
-        run.write_script(text)
+    run.write_script(script.render(resolved, run.directory, environ))
+    run.set_job_aside()
+    try:
         return _submit(resolved, run, environ)
+    except client.NoAnswer:
+        raise  # there may be a job now, which the old record would keep from running
+    except (client.Rejected, client.SlurmError):
+        run.take_job_back()
+        raise
 
 
 def _submit(resolved: Resolved, run: Run, environ: Mapping[str, str]) -> Started:

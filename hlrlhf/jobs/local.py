@@ -61,9 +61,10 @@ def start(resolved: Resolved, environ: Mapping[str, str]) -> Started:
 
 def resume(resolved: Resolved, run: Run, environ: Mapping[str, str]) -> Started:
     """See `Place.resume`; this process is the job, and `finish` runs it."""
+    before = run.job()
     job = Job("local", str(os.getpid()), None, int(time.time()))
     run.record(job)
-    return Started(run, job, resumed=True)
+    return Started(run, job, before=before)
 
 
 def finish(
@@ -81,7 +82,9 @@ def finish(
         outcome = run(resolved, made.directory, environ)
     except SettingsError:
         # Nothing was started.
-        if not started.resumed:
+        if started.before is not None:
+            made.record(started.before)
+        else:
             made.discard()
         raise
     words = {0: "done", STOPPED: outcome.why}

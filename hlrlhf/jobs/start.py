@@ -25,13 +25,13 @@ class Started:
         run: with its directory.
         job: as it was recorded there.
         clock_ahead: seconds by which this machine's clock is ahead of Slurm's.
-        resumed: whether the run is an earlier one, which goes on.
+        before: the last job of a run that goes on.
     """
 
     run: Run
     job: Job
     clock_ahead: int = 0
-    resumed: bool = False
+    before: Job | None = None
 
 
 class Place(Protocol):
@@ -54,7 +54,7 @@ class Place(Protocol):
         """
 
     def resume(self, resolved: Resolved, run: Run, environ: Mapping[str, str]) -> Started:
-        """Give a run that has ended another job; where that fails, it is as it was.
+        """Give a run that has ended another job; where that fails, it keeps the last one.
 
         Raises:
             RunError, SettingsError, Rejected, SlurmError: as `start`.
@@ -86,7 +86,7 @@ def resumable(run: Run, environ: Mapping[str, str]) -> Resolved | None:
     """The settings of a run that can go on; None for one that is complete.
 
     Raises:
-        RunError: it is not there, was never started, or has not ended.
+        RunError: it is not there, or has not ended.
         SettingsError: its ``settings.yaml`` cannot be used.
         SlurmError: Slurm cannot be asked whether it has ended.
     """

@@ -78,12 +78,13 @@ class Attempt:
     @classmethod
     def of(cls, run: Run, environ: Mapping[str, str]) -> Attempt:
         """The attempt of which this process is a rank, as its environment says."""
-        ends = environ.get("HLRLHF_ENDS")
+        # Not a number where a job has no limit.
+        ends = environ.get("HLRLHF_ENDS", "")
         return cls(
             run,
             environ.get("HLRLHF_JOB"),
             int(environ.get("HLRLHF_ATTEMPT", "0")),
-            float(ends) if ends else None,
+            float(ends) if ends.isascii() and ends.isdigit() and int(ends) else None,
         )
 
     @classmethod

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -160,21 +160,22 @@ class Run:
         except OSError as error:
             raise RunError(f"{self.script}: {error.strerror}") from error
 
-    @contextlib.contextmanager
-    def without_job(self) -> Iterator[None]:
-        """While the run gets another job, which may begin before it is recorded.
+    def set_job_aside(self) -> None:
+        """Let the run get another job, which may begin before it is recorded.
 
-        Without the last one's record, which comes back if there is an error: the new job would take
-        the directory for another's.
+        It would take the directory for another job's, as long as ``job.json`` says so.
         """
-        job = self.job()
-        try:
-            self.job_file.unlink(missing_ok=True)
-            yield
-        except BaseException:
-            if job is not None and not self.job_file.exists():
-                self.record(job)
-            raise
+        with contextlib.suppress(FileNotFoundError):
+            self.job_file.rename(self._aside)
+
+    def take_job_back(self) -> None:
+        """Undo `set_job_aside`."""
+        with contextlib.suppress(OSError):
+            self._aside.rename(self.job_file)
+
+    @property
+    def _aside(self) -> Path:
+        return self.job_file.with_name(".job.json.before")
 
     def record(self, job: Job) -> None:
         """Write ``job.json``, and its copy in the index if that is possible.

@@ -87,7 +87,7 @@ def saved(run: Run) -> Saved | None:
     try:
         record = json.loads(run.newest_checkpoint.read_text(encoding="utf-8"))
         return Saved(int(record["step"]), run.newest_checkpoint.stat().st_mtime)
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError):
         return None
 
 
