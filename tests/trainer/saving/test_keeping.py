@@ -123,6 +123,15 @@ def test_a_damaged_one_never_counts_among_those_that_are_kept(
     assert there(tmp_path) == {"step-7"}
 
 
+def test_nor_does_it_when_it_has_been_passed(tmp_path: Path) -> None:
+    save(keeper(tmp_path), 4, 6)
+    (tmp_path / "run" / "resume" / "step-6" / "numbers.json").write_text("{}")
+    kept = keeper(tmp_path, "checkpoint.keep=2", attempt=1)
+    assert kept.newest(10)
+    save(kept, 7)
+    assert there(tmp_path) == {"step-4", "step-7"}
+
+
 def test_what_was_left_unfinished_goes_but_a_later_attempts_stays(tmp_path: Path) -> None:
     resume = tmp_path / "run" / "resume"
     for name in (".step-1.0.unfinished", ".step-2.old.1.unfinished", ".step-3.2.unfinished", "own"):
