@@ -402,13 +402,14 @@ class Checkpoint(Group):
     minutes: NonNegative = Field(
         30.0,
         description="Save a checkpoint when the last one, or the start, is so long ago; 0 goes by "
-        "the steps alone. Where both are 0, a run saves one only when it is warned.",
+        "the steps alone. Where both are 0, only a warned run saves one, or keep_best does.",
         json_schema_extra=unit("minutes"),
     )
     keep: Positive = Field(2, description="Checkpoints to keep, the newest ones.")
     keep_best: bool = Field(
         False,
-        description="Save and keep the checkpoint with the highest reward of an evaluation too.",
+        description="Save a checkpoint after the evaluation with the highest reward so far, and keep "
+        "it beside the newest.",
     )
     memory: NonNegative = Field(
         8.0,
@@ -650,7 +651,8 @@ class Settings(Group):
     resume_from: Annotated[Text, Place("run", mounted=True)] | None = Field(
         None,
         description="An earlier run's directory, or one of its checkpoints, to begin from instead "
-        "of the models' own weights: its steps count as done. Other settings may differ.",
+        "of the models' own weights: its steps count as done. gbs, lora.dim and only_optimize_lora "
+        "must be its own; other settings may differ.",
     )
     actor: Actor
     critic: Critic
