@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,24 @@ def test_training_changes_nothing_that_is_being_written(tmp_path: Path) -> None:
     found = keeper(tmp_path, attempt=1).newest(10)
     assert found is not None
     assert found.state()["model"]["weights"].read(0, 1000).equal(expected)
+
+
+@pytest.mark.knob("checkpoint.memory")
+def test_training_waits_where_there_is_no_memory_for_a_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, write = threading.Event(), checkpoint.write_part
+    monkeypatch.setattr(checkpoint, "write_part", lambda *to: gate.wait(60) and write(*to))
+    kept = keeper(tmp_path, "checkpoint.memory=4e-6")  # for the 4000 bytes of the tensor
+    kept.save(State(1))  # type: ignore[arg-type]
+    assert not (tmp_path / "run" / "resume" / "step-1").exists()
+    gate.set()
+    kept.wait()
+
+    kept = keeper(tmp_path, "checkpoint.memory=3.9e-6")
+    monkeypatch.setattr(kept, "wait", lambda: None)
+    kept.save(State(2))  # type: ignore[arg-type]
+    assert there(tmp_path) == {"step-1", "step-2"}
 
 
 def test_a_checkpoint_of_other_models_is_an_error_that_says_so(tmp_path: Path) -> None:
