@@ -25,6 +25,8 @@ def check_paths(settings: Settings) -> None:
     for name in paths.read(settings):
         if places[name].kind == "data" and dist.get_rank() > 0:
             continue  # rank 0 reads it for all
+        if places[name].kind == "run":
+            continue  # read only until the run has a checkpoint of its own
         value = attrgetter(name)(settings)
         for path in value if isinstance(value, tuple | list) else [value]:
             if path is None or not Path(path).is_absolute():

@@ -402,13 +402,14 @@ class Checkpoint(Group):
     minutes: NonNegative = Field(
         30.0,
         description="Save a checkpoint when the last one, or the start, is so long ago; 0 goes by "
-        "the steps alone. Where both are 0, a run saves one only when it is warned.",
+        "the steps alone. Where both are 0, only a warned run saves one, or keep_best does.",
         json_schema_extra=unit("minutes"),
     )
     keep: Positive = Field(2, description="Checkpoints to keep, the newest ones.")
     keep_best: bool = Field(
         False,
-        description="Save and keep the checkpoint with the highest reward of an evaluation too.",
+        description="Save a checkpoint after the evaluation with the highest reward so far, and keep "
+        "it beside the newest.",
     )
     memory: NonNegative = Field(
         8.0,
@@ -519,7 +520,7 @@ class Slurm(Group):
     requeue: bool = Field(
         False,
         description="Start the job again after a node failure, a preemption, or when it was warned "
-        "of its end; it goes on from its last checkpoint. Sets --requeue, else --no-requeue.",
+        "of its end; it goes on from its last checkpoint. This or the next sets --requeue.",
     )
     requeue_on_failure: bool = Field(
         False,
@@ -528,7 +529,7 @@ class Slurm(Group):
     )
     max_attempts: Positive = Field(
         10,
-        description="Attempts at a run before it is not started again. It is not either when two "
+        description="Attempts of a job before its script does not start it again; nor does it when two "
         "in a row end after the same step.",
     )
     signal_lead: SignalLead | None = Field(
@@ -660,7 +661,8 @@ class Settings(Group):
     resume_from: Annotated[Text, Place("run", mounted=True)] | None = Field(
         None,
         description="An earlier run's directory, or one of its checkpoints, to begin from instead "
-        "of the models' own weights: its steps count as done. Other settings may differ.",
+        "of the models' own weights: its steps count as done. gbs, lora.dim and only_optimize_lora "
+        "must be its own; other settings may differ.",
     )
     actor: Actor
     critic: Critic

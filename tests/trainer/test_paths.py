@@ -44,6 +44,12 @@ def test_a_path_that_is_not_there_is_told_with_its_host_and_setting(
 
 
 @pytest.mark.usefixtures("one_rank")
+def test_a_run_that_was_begun_from_may_be_gone(tmp_path: Path) -> None:
+    """For who has checkpoints of its own; the others are told when it is looked for."""
+    check_paths(tiny.settings(*there(tmp_path, resume_from=tmp_path / "gone")))
+
+
+@pytest.mark.usefixtures("one_rank")
 def test_what_lies_under_a_file_is_not_there_and_a_link_in_a_circle_cannot_be_reached(
     tmp_path: Path,
 ) -> None:

@@ -93,7 +93,7 @@ class Retention:
         Of later steps only what is damaged can be there: it is kept for who may want to look at it,
         until its step comes again.
         """
-        whole = [found for found in self._whole() if found.step <= step]
+        whole = self._whole()
         kept = {found.folder for found in whole[: self._keep]}
         rewards = [found for found in whole if found.manifest["reward"] is not None]
         if self._keep_best and rewards:

@@ -200,7 +200,6 @@ def test_a_warned_run_always_leaves_a_checkpoint_and_goes_on_from_it(
 
 
 @pytest.mark.slow
-@pytest.mark.knob("checkpoint.memory")
 def test_a_rank_that_cannot_write_costs_a_checkpoint_and_not_the_run(
     demo_models: Path, tmp_path: Path
 ) -> None:

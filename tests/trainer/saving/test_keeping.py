@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,15 @@ def test_a_damaged_one_never_counts_among_those_that_are_kept(
     assert there(tmp_path) == {"step-7"}
 
 
+def test_nor_does_it_when_it_has_been_passed(tmp_path: Path) -> None:
+    save(keeper(tmp_path), 4, 6)
+    (tmp_path / "run" / "resume" / "step-6" / "numbers.json").write_text("{}")
+    kept = keeper(tmp_path, "checkpoint.keep=2", attempt=1)
+    assert kept.newest(10)
+    save(kept, 7)
+    assert there(tmp_path) == {"step-4", "step-7"}
+
+
 def test_what_was_left_unfinished_goes_but_a_later_attempts_stays(tmp_path: Path) -> None:
     resume = tmp_path / "run" / "resume"
     for name in (".step-1.0.unfinished", ".step-2.old.1.unfinished", ".step-3.2.unfinished", "own"):
@@ -160,6 +170,24 @@ def test_training_changes_nothing_that_is_being_written(tmp_path: Path) -> None:
     found = keeper(tmp_path, attempt=1).newest(10)
     assert found is not None
     assert found.state()["model"]["weights"].read(0, 1000).equal(expected)
+
+
+@pytest.mark.knob("checkpoint.memory")
+def test_training_waits_where_there_is_no_memory_for_a_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, write = threading.Event(), checkpoint.write_part
+    monkeypatch.setattr(checkpoint, "write_part", lambda *to: gate.wait(60) and write(*to))
+    kept = keeper(tmp_path, "checkpoint.memory=4e-6")  # for the 4000 bytes of the tensor
+    kept.save(State(1))  # type: ignore[arg-type]
+    assert not (tmp_path / "run" / "resume" / "step-1").exists()
+    gate.set()
+    kept.wait()
+
+    kept = keeper(tmp_path, "checkpoint.memory=3.9e-6")
+    monkeypatch.setattr(kept, "wait", lambda: None)
+    kept.save(State(2))  # type: ignore[arg-type]
+    assert there(tmp_path) == {"step-1", "step-2"}
 
 
 def test_a_checkpoint_of_other_models_is_an_error_that_says_so(tmp_path: Path) -> None:
