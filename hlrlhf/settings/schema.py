@@ -408,8 +408,8 @@ class Checkpoint(Group):
     keep: Positive = Field(2, description="Checkpoints to keep, the newest ones.")
     keep_best: bool = Field(
         False,
-        description="Save a checkpoint after the evaluation with the highest reward so far, and keep "
-        "it beside the newest.",
+        description="Save a checkpoint after the evaluation with the highest reward so far, and "
+        "keep it beside the newest.",
     )
     memory: NonNegative = Field(
         8.0,
