@@ -3,8 +3,9 @@
 RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT say which one, as torchrun sets them.
 Exits with 0 when the run is complete; with 75 when it stopped, its models saved, after a warning
 (SIGUSR1, or SIGTERM from a scheduler that gives it time) or before its job's end (HLRLHF_ENDS); and
-with 1 when it failed. Ranks that belong to a job (HLRLHF_JOB, HLRLHF_ATTEMPT) also leave this in the run directory, see
-`hlrlhf.runs.Attempt`: whoever started them may see no more of their end than that they are gone.
+with 1 when it failed. Ranks that belong to a job (HLRLHF_JOB, HLRLHF_ATTEMPT) also leave this in
+the run directory, see `hlrlhf.runs.Attempt`: whoever started them may see no more of their end than
+that they are gone.
 """
 
 from __future__ import annotations

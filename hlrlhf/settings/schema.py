@@ -529,8 +529,8 @@ class Slurm(Group):
     )
     max_attempts: Positive = Field(
         10,
-        description="Attempts of a job before its script does not start it again; nor does it when two "
-        "in a row end after the same step.",
+        description="Attempts of a job before its script does not start it again; nor does it when "
+        "two in a row end after the same step.",
     )
     signal_lead: SignalLead | None = Field(
         None,
