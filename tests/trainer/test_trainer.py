@@ -519,20 +519,22 @@ def test_every_second_step_is_saved_and_a_first_save_is_not_the_last(trained: Tr
 
 @pytest.mark.knob("tensorboard_path", "checkpoint_path")
 @pytest.mark.knob("print_answers_interval")
-def test_a_second_attempt_adds_to_what_the_first_wrote(demo_models: Path, tmp_path: Path) -> None:
+def test_a_second_attempt_goes_on_in_what_the_first_wrote(
+    demo_models: Path, tmp_path: Path
+) -> None:
     shared = tmp_path / "shared"
     places = {"checkpoint_path": shared / "models", "tensorboard_path": shared / "boards"}
     prepare(tmp_path, demo_models, run_steps=3, print_answers_interval=2, **places)
     first = train(tmp_path)
     assert first.codes == [0], first.output
     assert first.output[0].count("prompt: ") == 1, "after the second of three steps"
-    prepare(tmp_path, demo_models, run_steps=1, **places)
+    prepare(tmp_path, demo_models, run_steps=5, **places)
     assert train(tmp_path, HLRLHF_ATTEMPT="1").codes == [0]
     printed = (tmp_path / "rank-0.log").read_text()
     assert printed.count("prompt: ") == 1, "none in the second, which did not ask"
     for name in ("metrics.jsonl", "samples.jsonl"):
         written = [(line["attempt"], line["step"]) for line in read_lines(tmp_path / name)]
-        assert written == [(0, 1), (0, 2), (0, 3), (1, 1)], name
+        assert written == [(0, 1), (0, 2), (0, 3), (1, 4), (1, 5)], name
     # Several runs may share these folders.
     assert (shared / "models" / tmp_path.name / "final" / "actor").is_dir()
     assert [*(shared / "boards" / tmp_path.name).iterdir()]
