@@ -85,10 +85,22 @@ def ends(run: Run) -> list[Any]:
     return [records(run.metrics), records(run.samples), *lists]
 
 
-def completed(on_slurm: Cluster, run: Run) -> None:
-    on_slurm.start_now(job_id(run))
+def completed(on_slurm: Cluster, run: Run, last: int = STEPS) -> None:
     assert on_slurm.wait(job_id(run), "COMPLETED", "FAILED") == "COMPLETED"
-    assert steps(run) == list(range(1, STEPS + 1))
+    assert steps(run) == list(range(1, last + 1))
+
+
+# More steps than any machine takes before a command has been heard.
+ENDLESS = "run_steps=9999"
+
+
+def shortened(run: Run) -> int:
+    """Let a run that waits to be resumed have a few steps more; its last one."""
+    last = len(steps(run)) + 3
+    text = run.settings_file.read_text()
+    assert text.count("run_steps: 9999") == 1
+    run.settings_file.write_text(text.replace("run_steps: 9999", f"run_steps: {last}"))
+    return last
 
 
 def test_warned_and_requeued_a_run_ends_as_one_that_never_was(
@@ -106,6 +118,7 @@ def test_warned_and_requeued_a_run_ends_as_one_that_never_was(
             until(lambda n=seen: len(steps(run)) > n, "the next step", 120)
     (line,) = [row for row in hlrlhf("status", "warned").stdout.splitlines() if "warned" in row]
     assert f" {seen} " in line
+    on_slurm.start_now(job_id(run))
     completed(on_slurm, run)
     on_slurm.wait(job_id(through), "COMPLETED")
     assert ends(run) == ends(through)
@@ -115,17 +128,17 @@ def test_warned_and_requeued_a_run_ends_as_one_that_never_was(
 
 
 def test_saved_and_cancelled_a_run_can_be_resumed(on_slurm: Cluster, start: Start) -> None:
-    run = start("paused")
+    run = start("paused", ENDLESS)
     assert "has not ended" in hlrlhf("resume", "paused", code=2).stderr
     first = job_id(run)
     said = hlrlhf("cancel", "--save", "paused").stderr
     assert "STOPPED_EARLY" in said
     assert on_slurm.job(first)["JobState"] == "FAILED", "not requeued: it was asked to stop"
-    done = len(steps(run))
+    done, last = len(steps(run)), shortened(run)
     second = hlrlhf("resume", "paused").stdout.strip()
     assert second != first
     assert job_id(run) == second
-    completed(on_slurm, run)
+    completed(on_slurm, run, last)
     log = (run.logs / f"{second}.0.log").read_text()
     assert f"the run goes on after step {done}" in log
     assert "complete" in hlrlhf("resume", "paused").stderr
@@ -136,6 +149,7 @@ def test_a_rank_that_is_killed_is_started_again(on_slurm: Cluster, start: Start)
     until(lambda: (run.resume / "step-2").exists(), "a checkpoint")
     os.kill(rank_of(run), signal.SIGKILL)
     until(lambda: runs.Attempt(run, job_id(run), 0).ended.exists(), "the end of the attempt")
+    on_slurm.start_now(job_id(run))
     completed(on_slurm, run)
     first = runs.Attempt(run, job_id(run), 0).heard()
     assert first is not None
@@ -161,7 +175,7 @@ def test_out_of_time_a_run_stops_by_itself_and_not_for_ever(
 
 
 def test_here_a_run_of_the_clusters_goes_on_and_after_ctrl_c_once_more(start: Start) -> None:
-    run = start("here")
+    run = start("here", ENDLESS)
     hlrlhf("cancel", "--save", "here")
     done = len(steps(run))
     command = [sys.executable, "-m", "hlrlhf", "resume", "--local", "here"]
@@ -169,10 +183,10 @@ def test_here_a_run_of_the_clusters_goes_on_and_after_ctrl_c_once_more(start: St
         until(lambda: len(steps(run)) > done, "the next step", 120)
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 75
-    again = len(steps(run))
+    again, last = len(steps(run)), shortened(run)
     assert again > done
     said = hlrlhf("resume", "--local", "here").stderr
     assert f"the run goes on after step {again}" in said
-    assert steps(run) == list(range(1, STEPS + 1))
+    assert steps(run) == list(range(1, last + 1))
     names = [path.name for path in sorted(run.logs.glob("local.*.exit"))]
     assert names == ["local.0.exit", "local.1.exit"]
