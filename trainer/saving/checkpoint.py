@@ -162,7 +162,7 @@ class Checkpoint:
             manifest = json.loads(file.read_text(encoding="utf-8"))
             form, digest = manifest["format"], manifest.pop("sha256", None)
         except (OSError, ValueError) as error:
-            raise DamagedError(f"{file}: {_reason(error)}") from error
+            raise DamagedError(f"{file}: {words_of(error)}") from error
         except (LookupError, TypeError, AttributeError) as error:
             raise DamagedError(f"{file}: is no manifest of a checkpoint") from error
         if form != FORMAT:
@@ -187,7 +187,7 @@ class Checkpoint:
                 if _sha256(file) != digest["sha256"]:
                     raise DamagedError(f"{file}: is not what was written")
             except OSError as error:
-                raise DamagedError(f"{file}: {_reason(error)}") from error
+                raise DamagedError(f"{file}: {words_of(error)}") from error
 
     def state(self) -> dict[str, dict[str, Any]]:
         """As `trainer.state.State` restores it: numbers, and tensors that are read on demand.
@@ -202,7 +202,7 @@ class Checkpoint:
                 if name.endswith(".safetensors"):
                     self._index(state, self.folder / name)
         except (OSError, ValueError) as error:
-            raise DamagedError(f"{self.folder}: {_reason(error)}") from error
+            raise DamagedError(f"{self.folder}: {words_of(error)}") from error
         return state
 
     def _index(self, state: dict[str, dict[str, Any]], file: Path) -> None:
@@ -235,7 +235,8 @@ class _Stored:
         return torch.cat(found)
 
 
-def _reason(error: BaseException) -> str:
+def words_of(error: BaseException) -> str:
+    """Why, without the name of the file, which whoever says it knows better."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error) or type(error).__name__

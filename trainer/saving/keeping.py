@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from hlrlhf.trainer.errors import TrainerError
 from hlrlhf.trainer.pieces import MismatchError
 from hlrlhf.trainer.records import put, warn
 from hlrlhf.trainer.saving import checkpoint
-from hlrlhf.trainer.saving.checkpoint import Checkpoint, DamagedError, Digest
+from hlrlhf.trainer.saving.checkpoint import Checkpoint, DamagedError, Digest, words_of
 from hlrlhf.trainer.saving.retention import Retention, every
 from hlrlhf.trainer.state import State
 
@@ -117,7 +118,7 @@ class Checkpoints:
             "step": step,
             "ranks": dist.get_world_size(),
             "reward": evaluated if evaluated is not None and math.isfinite(evaluated) else None,
-            "settings": {name: _value(self._settings, name) for name in SAME},
+            "settings": {name: attrgetter(name)(self._settings) for name in SAME},
         }
         save = _Save(step, unfinished, checkpoint.numbers_of(content), about, wait)
         pieces = list(checkpoint.pieces_of(content))
@@ -245,7 +246,7 @@ class Checkpoints:
     def _check_settings(self, found: Checkpoint) -> None:
         was = found.manifest.get("settings", {})
         for name in SAME:
-            value = _value(self._settings, name)
+            value = attrgetter(name)(self._settings)
             if was.get(name, value) != value:
                 raise TrainerError(
                     f"{found.folder}: was saved with {name} = {was[name]}, and cannot go on with "
@@ -264,7 +265,7 @@ class Checkpoints:
                 name = f"rank-{rank}.{number}.safetensors"
                 files[name] = checkpoint.write_part(save.unfinished / name, part)
         except Exception as error:  # the libraries raise types of their own
-            failure = _words(error)
+            failure = words_of(error)
         told = self._of_all((files, failure))
         self.seconds = max(self.seconds, time.monotonic() - began)
         if rank > 0:
@@ -278,7 +279,7 @@ class Checkpoints:
             shutil.rmtree(save.unfinished, ignore_errors=True)
             self._said = (
                 f"{self._folder}: the checkpoint of step {save.step} cannot be written: "
-                f"{_words(error)}" + ("" if save.last else "; training goes on")
+                f"{words_of(error)}" + ("" if save.last else "; training goes on")
             )
 
     def _finish(self, save: _Save, files: dict[str, Digest]) -> None:
@@ -289,16 +290,3 @@ class Checkpoints:
         place = self._retention.add(save.unfinished, save.step)
         record = {"step": save.step, "folder": str(place)}
         put(self._attempt.run.newest_checkpoint, json.dumps(record) + "\n")
-
-
-def _value(settings: Settings, name: str) -> Any:
-    value: Any = settings
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value
-
-
-def _words(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error) or type(error).__name__
