@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import Enum, auto
-from pathlib import Path
 
 import torch.distributed as dist
 
@@ -97,8 +96,7 @@ def train(settings: Settings, attempt: Attempt, device: Device, warnings: Callab
     if rank == 0:
         board = attempt.run.tensorboard
         if settings.tensorboard_path:
-            # A folder outside the run directory may be shared by runs, whose names differ.
-            board = Path(settings.tensorboard_path, attempt.run.name)
+            board = attempt.run.within(settings.tensorboard_path)
         recorder = Recorder(attempt, board, total_steps, state.step)
         recorder.models(trained)
         print(f"{total_steps} steps of {settings.gbs} prompts on {settings.world_size} ranks")

@@ -160,6 +160,10 @@ class Run:
         except OSError as error:
             raise RunError(f"{self.script}: {error.strerror}") from error
 
+    def within(self, folder: str | Path) -> Path:
+        """The run's own place in a folder that runs may share: their names differ."""
+        return Path(folder, self.name)
+
     def set_job_aside(self) -> None:
         """Let the run get another job, which may begin before it is recorded.
 

@@ -85,9 +85,8 @@ def final(settings: Settings, attempt: Attempt) -> Path | None:
 
 
 def _folders(settings: Settings, attempt: Attempt) -> list[Path]:
-    # A folder outside the run directory may be shared by runs, whose names differ.
-    path = settings.checkpoint_path
-    return [*([Path(path, attempt.run.name)] if path else []), attempt.run.checkpoints]
+    run, path = attempt.run, settings.checkpoint_path
+    return [*([run.within(path)] if path else []), run.checkpoints]
 
 
 def save_models(

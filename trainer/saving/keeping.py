@@ -65,8 +65,7 @@ class Checkpoints:
         self._attempt = attempt
         self._folder = attempt.run.resume
         if settings.checkpoint_path:
-            # A folder outside the run directory may be shared by runs, whose names differ.
-            self._folder = Path(settings.checkpoint_path, attempt.run.name, attempt.run.resume.name)
+            self._folder = attempt.run.within(settings.checkpoint_path) / attempt.run.resume.name
         own = self._own
         self._retention = Retention(self._folder, attempt.number, own.keep, own.keep_best)
         # The step that is on disk already: the one that the run went on from.
