@@ -190,6 +190,7 @@ class Run:
         text = json.dumps(asdict(job)) + "\n"
         try:
             _replace(self.job_file, text)
+            self._aside.unlink(missing_ok=True)
         except OSError as error:
             raise RunError(f"{self.job_file}: {error.strerror}") from error
         if self.job_copy is not None:

@@ -275,3 +275,15 @@ def test_attempts_and_logs_are_in_the_order_of_time(tmp_path: Path) -> None:
     assert runs.attempts(run, SLURM) == {2: runs.Outcome(75), 10: None}
     names = [path.name for path in runs.log_files(run, SLURM)]
     assert names == ["42.2.log", "42.10.log", "42.batch.log"]
+
+
+def test_a_job_that_was_set_aside_comes_back_or_leaves_no_trace(tmp_path: Path) -> None:
+    run, first = Run(tmp_path), Job("slurm", "7", None, 1)
+    run.record(first)
+    run.set_job_aside()
+    assert run.job() is None
+    run.take_job_back()
+    assert run.job() == first
+    run.set_job_aside()
+    run.record(Job("slurm", "8", None, 2))
+    assert [path.name for path in tmp_path.iterdir()] == ["job.json"]
