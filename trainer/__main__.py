@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from hlrlhf.errors import HlrlhfError
-from hlrlhf.runs import STOPPED, Attempt, Outcome, Run
+from hlrlhf.runs import STOPPED, Attempt, Outcome, Run, ledger
 from hlrlhf.settings.errors import printable
 from hlrlhf.settings.layers import load
-from hlrlhf.trainer.errors import TrainerError
+from hlrlhf.trainer.errors import TrainerError, is_of_node
 
 # How long the end of another rank may take to be known, in seconds.
 _WORD = 2.0
@@ -61,6 +61,8 @@ def main(attempt: Attempt) -> Outcome:
     attempt.check_job()
     if os.environ.get("RANK") == "0":
         attempt.begin()
+        with contextlib.suppress(OSError):
+            ledger.enter(attempt.run, but=attempt)
     # Here rather than above: imports take seconds, in which a warning must find its handler.
     from hlrlhf.trainer import device as devices
 
@@ -107,8 +109,10 @@ def _failure(error: BaseException) -> Outcome:
         print(f"error: {words}", file=sys.stderr, flush=True)
     # Of several lines, as of a traceback, the first and the last say what happened.
     first, *more = words.strip().splitlines() or [""]
-    unforeseen = not isinstance(error, HlrlhfError)
-    return Outcome(1, printable(" ".join([first, *more[-1:]])), may_pass=unforeseen)
+    why = printable(" ".join([first, *more[-1:]]))
+    if is_of_node(error):
+        return Outcome(1, why, may_pass=True, at_fault=os.environ.get("HLRLHF_NODE"))
+    return Outcome(1, why, may_pass=not isinstance(error, HlrlhfError))
 
 
 def _leave(attempt: Attempt, outcome: Outcome) -> NoReturn:

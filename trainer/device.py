@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from hlrlhf.settings import Settings
 from hlrlhf.trainer import randomness
-from hlrlhf.trainer.errors import TrainerError
+from hlrlhf.trainer.errors import DeviceError, TrainerError
 from hlrlhf.trainer.pieces import Piece, Readable
 
 
@@ -132,9 +132,9 @@ class Cuda(Device):
 
     def __init__(self, settings: Settings, local_rank: int):
         if not torch.cuda.is_available():
-            raise TrainerError("device = cuda, but torch sees no GPU on this node")
+            raise DeviceError("device = cuda, but torch sees no GPU on this node")
         if local_rank >= torch.cuda.device_count():
-            raise TrainerError(
+            raise DeviceError(
                 f"devices_per_node = {settings.devices_per_node}, but this node shows "
                 f"{torch.cuda.device_count()} GPUs to the job"
             )
@@ -180,7 +180,7 @@ class Hpu(Device):
                 f"PT_HPU_LAZY_MODE={int(self._lazy)}, or change HL_HPU_LAZY_MODE"
             )
         if not self._hpu.is_available():
-            raise TrainerError("device = hpu, but the Gaudi bridge sees no device on this node")
+            raise DeviceError("device = hpu, but the Gaudi bridge sees no device on this node")
         # torch's own manual_seed leaves the device's numbers as they are.
         self._random = self._sources(hpu=self._hpu.random)
         self._graphs = self._lazy and settings.enable_hpu_graphs
@@ -238,9 +238,16 @@ def select(settings: Settings, local_rank: int) -> Device:
 
     Raises:
         TrainerError: the node does not have what the settings ask for.
+        DeviceError: it does, or should, but the device does not answer.
     """
     os.environ["DS_ACCELERATOR"] = settings.device
-    return {"cpu": Cpu, "cuda": Cuda, "hpu": Hpu}[settings.device](settings, local_rank)
+    try:
+        device = {"cpu": Cpu, "cuda": Cuda, "hpu": Hpu}[settings.device](settings, local_rank)
+        torch.ones(1, device=device.torch).item()
+    except RuntimeError as error:
+        words = f"device = {settings.device} does not answer on this node: {error}"
+        raise DeviceError(words) from error
+    return device
 
 
 def _adapt_transformers() -> bool:

@@ -97,6 +97,7 @@ def train(settings: Settings, attempt: Attempt, device: Device, warnings: Callab
         board = attempt.run.tensorboard
         if settings.tensorboard_path:
             board = attempt.run.within(settings.tensorboard_path)
+        attempt.goes_on(state.step)
         recorder = Recorder(attempt, board, total_steps, state.step)
         recorder.models(trained)
         print(f"{total_steps} steps of {settings.gbs} prompts on {settings.world_size} ranks")

@@ -16,6 +16,7 @@ from hlrlhf import runs
 from hlrlhf.cli import options
 from hlrlhf.cli.table import columns
 from hlrlhf.jobs import states
+from hlrlhf.runs import ledger
 from hlrlhf.slurm.answers import State
 from hlrlhf.slurm.client import SlurmError
 
@@ -129,37 +130,35 @@ class _Line:
 
     @classmethod
     def of(cls, run: runs.Run, state: State) -> _Line:
-        progress = runs.progress(run)
-        # After a requeue, what the attempt before had reached no longer counts.
-        if progress and not state.ended and progress.attempt < state.restarts:
-            progress = None
         try:
             job = run.job()
         except runs.RunError:
             job = None
         before = ""
-        if job and state.restarts and not state.ended:
-            end = runs.attempts(run, job).get(state.restarts - 1)
-            before = end.why if end else ""
-        return cls(run, job, state, progress, runs.saved(run), before)
+        if not state.ended and (ends := ledger.entries(run)):
+            before = ends[-1].why
+        return cls(run, job, state, runs.progress(run), runs.saved(run), before)
 
     @property
     def seconds_left(self) -> float | None:
         """To the end of the run."""
-        return self.progress.seconds_left if self.progress and self._runs else None
+        return self.progress.seconds_left if self.progress and self._steps else None
 
     @property
     def step_age(self) -> float | None:
         """Seconds since the last step, by which a run that hangs shows."""
-        return self._since(self.progress.written) if self.progress and self._runs else None
+        return self._since(self.progress.written) if self.progress and self._steps else None
 
     @staticmethod
     def _since(written: float) -> float:
         return max(0, time.time() - written)
 
     @property
-    def _runs(self) -> bool:
-        return self.state.state == "RUNNING"
+    def _steps(self) -> bool:
+        """Whether it runs, and this attempt has taken a step."""
+        began = self.state.started or 0
+        known = self.progress is not None and self.progress.written >= began
+        return known and self.state.state == "RUNNING"
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON form."""

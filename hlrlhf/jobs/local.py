@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import platform
 import selectors
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from typing import IO
 from hlrlhf.jobs import start as starting
 from hlrlhf.jobs.ports import PortTakenError, rendezvous_port
 from hlrlhf.jobs.start import Started
-from hlrlhf.runs import STOPPED, Attempt, Job, Outcome, Run, attempts
+from hlrlhf.runs import STOPPED, Attempt, Job, Outcome, Run, attempts, ledger
 from hlrlhf.settings.errors import Problem, SettingsError
 from hlrlhf.settings.layers import Resolved
 from hlrlhf.settings.schema import Settings
@@ -112,7 +113,7 @@ def run(
 
     Returns:
         What the first rank with something to say left, or what the launcher saw of it. It is also
-        left in ``logs/local.N.exit``, N from 0.
+        left in ``logs/local.N.exit``, N from 0, and in ``attempts.jsonl``.
 
     Raises:
         SettingsError: HL_MASTER_PORT is taken.
@@ -126,7 +127,7 @@ def run(
     )
     with contextlib.ExitStack() as stack:
         # The lock, not the process id, says that this launcher lives: ids are reused.
-        job = stack.enter_context(attempt.run.job_file.open())
+        job = stack.enter_context(attempt.run.job_file.open("r+"))
         fcntl.flock(job, fcntl.LOCK_EX)
         # Without a buffer, which would keep what a full disk has not taken, and fail for it later.
         output = stack.enter_context(log.open("ab", buffering=0))
@@ -137,6 +138,9 @@ def run(
             raise SettingsError(
                 [Problem("master_port", f"{error}; set another one or none")]
             ) from error
+        with contextlib.suppress(OSError):
+            beginning = f"{int(time.time())}\n{platform.node()}\n"
+            attempt.began.write_text(beginning, encoding="utf-8")
         ranks = stack.enter_context(_Ranks(output, attempt))
         stack.enter_context(_signals(ranks))
         for rank in range(settings.world_size):
@@ -148,6 +152,7 @@ def run(
         )
         with contextlib.suppress(OSError):
             attempt.ended.write_text(str(outcome), encoding="utf-8")
+            ledger.enter(attempt.run)
     return outcome
 
 

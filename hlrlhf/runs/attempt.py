@@ -31,27 +31,45 @@ class Outcome:
             anything else failed.
         why: one line; may be empty.
         may_pass: whether another start may go better.
+        at_fault: the node that failed, rather than the run; another one may do better.
     """
 
     code: int
     why: str = ""
     may_pass: bool = False
+    at_fault: str | None = None
 
     @classmethod
     def read(cls, path: Path) -> Outcome | None:
-        """What a file says: the code, why, and `PASSING`, a line each; None if it does not."""
+        """What a file says: code, why, `PASSING` and node, a line each; None if it does not."""
         try:
             if path.is_symlink():  # see `Attempt.say`
                 return cls(int(path.readlink().name), "the disk had no room for why")
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-            code, why, passing = [*lines, "", "", ""][:3]
-            return cls(int(code), why, passing == PASSING)
+            code, why, passing, at_fault = [*lines, "", "", "", ""][:4]
+            return cls(int(code), why, passing == PASSING, at_fault or None)
         except (OSError, ValueError):
             return None
 
     def __str__(self) -> str:
-        lines = [str(self.code), *([self.why] if self.why or self.may_pass else [])]
-        return "\n".join([*lines, *([PASSING] if self.may_pass else []), ""])
+        passing = PASSING if self.may_pass else ""
+        lines = [str(self.code), self.why, passing, self.at_fault or ""]
+        return "\n".join(lines).rstrip("\n") + "\n"
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What is known of an attempt when it begins; None is "not known".
+
+    Attributes:
+        when: in Unix seconds.
+        nodes: their names, in Slurm's short form.
+        done: steps that earlier attempts have done; not known before its ranks have loaded.
+    """
+
+    when: int | None = None
+    nodes: str = ""
+    done: int | None = None
 
 
 class SupersededError(HlrlhfError):
@@ -88,16 +106,20 @@ class Attempt:
         )
 
     @classmethod
-    def by_file(cls, run: Run, job: str, name: str) -> Attempt | None:
-        """The attempt of a job whose file in ``logs/`` has this name; None for other files."""
-        pattern = rf"{re.escape(job)}\.([0-9]{{1,9}})\.(log|exit|rank)"
-        match = re.fullmatch(pattern, name, re.ASCII)
-        return cls(run, job, int(match[1])) if match else None
+    def by_file(cls, run: Run, name: str) -> Attempt | None:
+        """The attempt whose file in ``logs/`` has this name; None for other files."""
+        match = re.fullmatch(r"([0-9]+|local)\.([0-9]{1,9})\.(log|exit|rank|began)", name, re.ASCII)
+        return cls(run, match[1], int(match[2])) if match else None
 
     @property
     def log(self) -> Path:
         """The file with what the ranks print, unless ``log_file`` names another."""
         return self.run.logs / f"{self.job}.{self.number}.log"
+
+    @property
+    def began(self) -> Path:
+        """The file with the `Beginning`: time, nodes and steps, a line each."""
+        return self.run.logs / f"{self.job}.{self.number}.began"
 
     @property
     def said(self) -> Path:
@@ -123,6 +145,24 @@ class Attempt:
                 # A disk that is full has no block left, but room for the name of a link.
                 self.said.unlink(missing_ok=True)
                 self.said.symlink_to(str(outcome.code))
+
+    def beginning(self) -> Beginning:
+        """What was known when it began."""
+        try:
+            lines = self.began.read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:
+            return Beginning()
+        when, nodes, done = [*lines, "", "", ""][:3]
+        number = re.compile("[0-9]{1,18}", re.ASCII).fullmatch
+        return Beginning(
+            int(when) if number(when) else None, nodes, int(done) if number(done) else None
+        )
+
+    def goes_on(self, done: int) -> None:
+        """Note, by its first rank, how many steps earlier attempts have done."""
+        if self.job is not None:
+            with contextlib.suppress(OSError), self.began.open("a", encoding="utf-8") as file:
+                file.write(f"{done}\n")
 
     def heard(self) -> Outcome | None:
         """What the ranks have said of their end, if they have."""
@@ -180,6 +220,11 @@ class Attempt:
                 f"a newer attempt at this run has begun ({newest}), so this one ({self._name}) "
                 "ends and writes nothing more"
             )
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether its ranks have, and those of no other attempt since."""
+        return self._read_newest() == self._name
 
     @property
     def _newest(self) -> Path:

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -85,9 +85,9 @@ class Run:
         """The folder of logs and exit codes."""
         return self.directory / "logs"
 
-    def batch_log(self, job: Job) -> Path:
-        """What the batch shell, srun and Slurm say."""
-        return self.logs / f"{job.log_id}.batch.log"
+    def batch_log(self, job: str) -> Path:
+        """What the batch shell, srun and Slurm say; the job as in `Job.log_id`."""
+        return self.logs / f"{job}.batch.log"
 
     @property
     def parameters(self) -> Path:
@@ -98,6 +98,11 @@ class Run:
     def metrics(self) -> Path:
         """One JSON object a step."""
         return self.directory / "metrics.jsonl"
+
+    @property
+    def attempts(self) -> Path:
+        """One JSON object for each attempt that has ended, see `hlrlhf.runs.ledger`."""
+        return self.directory / "attempts.jsonl"
 
     @property
     def samples(self) -> Path:
@@ -163,6 +168,26 @@ class Run:
     def within(self, folder: str | Path) -> Path:
         """The run's own place in a folder that runs may share: their names differ."""
         return Path(folder, self.name)
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """While here, nobody else gives the run a job.
+
+        Raises:
+            RunError: somebody does just now, or ``settings.yaml`` cannot be written.
+        """
+        try:
+            # For writing: a network's file system has no other exclusive locks.
+            file = self.settings_file.open("r+")
+        except OSError as error:
+            raise RunError(f"{self.name}: {self.settings_file}: {error.strerror}") from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                words = "another command that starts it is under way"
+                raise RunError(f"{self.name}: {words}") from error
+            yield
 
     def set_job_aside(self) -> None:
         """Let the run get another job, which may begin before it is recorded.

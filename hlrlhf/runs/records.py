@@ -7,6 +7,7 @@ import json
 import math
 import os
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -93,27 +94,39 @@ def saved(run: Run) -> Saved | None:
 
 def attempts(run: Run, job: Job) -> dict[int, Outcome | None]:
     """The attempts of a job that left a trace, in order, each with how it said that it ended."""
-    found: dict[int, Outcome | None] = {}
-    for name in _names(run.logs):
-        attempt = Attempt.by_file(run, job.log_id, name)
-        if attempt is not None and attempt.number not in found:
-            # The ranks' word alone, where what started them could not repeat it.
-            found[attempt.number] = Outcome.read(attempt.ended) or attempt.heard()
-    return dict(sorted(found.items()))
+    own = [attempt for attempt in _attempts(run) if attempt.job == job.log_id]
+    own.sort(key=attrgetter("number"))
+    # The ranks' word alone, where what started them could not repeat it.
+    return {one.number: Outcome.read(one.ended) or one.heard() for one in own}
+
+
+def every_attempt(run: Run) -> list[Attempt]:
+    """The attempts of all of a run's jobs that left a trace, in order of their beginning."""
+
+    def order(attempt: Attempt) -> tuple[int, str, int]:
+        return attempt.beginning().when or 0, attempt.job or "", attempt.number
+
+    return sorted(_attempts(run), key=order)
+
+
+def _attempts(run: Run) -> set[Attempt]:
+    return set(filter(None, (Attempt.by_file(run, name) for name in _names(run.logs))))
 
 
 def log_files(run: Run, job: Job) -> list[Path]:
     """The logs that there are, in reading order: the ranks' of every attempt, then the shell's.
 
-    The ranks' logs are one file when the run's setting ``log_file`` says so.
+    Those of earlier jobs come first. The ranks' logs are one file when the run's setting
+    ``log_file`` says so.
 
     Raises:
         SettingsError: ``settings.yaml`` is there and cannot be read.
     """
-    own = [Attempt(run, job.log_id, number).log for number in attempts(run, job)]
+    own = every_attempt(run)
     shared = _log_file(run)
-    files = [shared] if shared else own
-    return [path for path in [*files, run.batch_log(job)] if path.is_file()]
+    files = [shared] if shared else [attempt.log for attempt in own]
+    jobs = dict.fromkeys([*(str(attempt.job) for attempt in own), job.log_id])
+    return [path for path in [*files, *map(run.batch_log, jobs)] if path.is_file()]
 
 
 @functools.cache

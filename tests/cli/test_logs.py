@@ -32,10 +32,12 @@ def test_all_attempts_in_order(run: Run) -> None:
     (run.logs / "42.0.log").write_bytes(b"first \xff\xfe\n")
     (run.logs / "42.2.log").write_text("second\n")
     (run.logs / "42.batch.log").write_text("shell\n")
-    (run.logs / "7.0.log").write_text("another job\n")
+    (run.logs / "7.0.log").write_text("job before\n")
+    for number in (0, 2, 10):
+        (run.logs / f"42.{number}.began").write_text("1000\n")
     done = subprocess.run([*COMMAND, "42"], capture_output=True, timeout=60)
     assert done.returncode == 0
-    assert done.stdout == b"first \xff\xfe\nsecond\nthird\nshell\n"
+    assert done.stdout == b"job before\nfirst \xff\xfe\nsecond\nthird\nshell\n"
     assert b"42.2.log" in done.stderr
 
 

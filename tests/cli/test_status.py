@@ -61,18 +61,25 @@ def test_one_several_and_all_runs(on_slurm: Cluster, submit: Callable[..., Run])
 
 
 @pytest.mark.slurm
-def test_steps_of_an_attempt_before_do_not_count(
+def test_the_age_of_a_step_is_that_of_this_attempts_last_one(
     on_slurm: Cluster, submit: Callable[..., Run]
 ) -> None:
     run = submit("sleep 600")
     on_slurm.wait(job_id(run), "RUNNING")
-    run.metrics.write_text('{"step": 3, "total_steps": 8, "attempt": 0}\n')
-    (run.logs / f"{job_id(run)}.1.log").touch()
+    run.metrics.write_text('{"step": 3, "total_steps": 8, "seconds_left": 9}\n')
+    os.utime(run.metrics, (1000, 1000))
+    run.attempts.write_text('{"job": "1", "attempt": 0, "why": "its node was lost"}\n')
     (before,) = json.loads(status("run", "--json").stdout)
-    run.metrics.write_text('{"step": 1, "total_steps": 8, "attempt": 1}\n')
+    run.metrics.touch()
     (after,) = json.loads(status("run", "--json").stdout)
-    assert (before["restarts"], before["step"], after["step"]) == (1, None, 1)
+    assert (before["step"], before["step_age"], before["seconds_left"]) == (3, None, None)
+    assert before["attempt_before"] == "its node was lost"
+    assert (after["step"], after["seconds_left"]) == (3, 9)
+    assert after["step_age"] is not None, "a run that hangs shows by it"
     on_slurm.run("scancel", job_id(run))
+    on_slurm.wait(job_id(run), "CANCELLED")
+    (ended,) = json.loads(status("run", "--json").stdout)
+    assert ended["step_age"] is None
 
 
 @pytest.mark.slurm
@@ -167,24 +174,6 @@ def test_filters(tmp_path: Path) -> None:
     wrong = status("--since", "yesterday")
     assert wrong.returncode == 2
     assert "'yesterday' is neither a time ago" in wrong.stderr
-
-
-@pytest.mark.slurm
-def test_a_rank_that_hangs_shows_by_the_age_of_its_last_step(
-    on_slurm: Cluster, submit: Callable[..., Run]
-) -> None:
-    run = submit("sleep 600")
-    on_slurm.wait(job_id(run), "RUNNING")
-    run.metrics.write_text('{"step": 3, "total_steps": 8, "attempt": 0}\n')
-    hours_ago = time.time() - 2 * 3600
-    os.utime(run.metrics, (hours_ago, hours_ago))
-    (line,) = json.loads(status("run", "--json").stdout)
-    assert 7200 <= line["step_age"] < 7300
-    assert "  2:0" in status("run").stdout
-    on_slurm.run("scancel", job_id(run))
-    on_slurm.wait(job_id(run), "CANCELLED")
-    (line,) = json.loads(status("run", "--json").stdout)
-    assert line["step_age"] is None
 
 
 @pytest.mark.slurm

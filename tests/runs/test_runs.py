@@ -272,9 +272,12 @@ def test_attempts_and_logs_are_in_the_order_of_time(tmp_path: Path) -> None:
     run = runs.create(tmp_path, "run")
     for name in ("42.10.log", "42.2.log", "42.2.exit", "42.batch.log", "421.0.log", "42.x.log"):
         (run.logs / name).write_text("75\n")
+    (run.logs / "421.0.began").write_text("1000\nn1\n0\n")
+    for number in (2, 10):
+        (run.logs / f"42.{number}.began").write_text(f"{2000 + number}\nn1\n0\n")
     assert runs.attempts(run, SLURM) == {2: runs.Outcome(75), 10: None}
     names = [path.name for path in runs.log_files(run, SLURM)]
-    assert names == ["42.2.log", "42.10.log", "42.batch.log"]
+    assert names == ["421.0.log", "42.2.log", "42.10.log", "42.batch.log"]
 
 
 def test_a_job_that_was_set_aside_comes_back_or_leaves_no_trace(tmp_path: Path) -> None:

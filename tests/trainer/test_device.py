@@ -21,7 +21,7 @@ from hlrlhf.settings import Settings, layers
 from hlrlhf.trainer import device
 from hlrlhf.trainer.data import reading
 from hlrlhf.trainer.decoding.decoder import sampling
-from hlrlhf.trainer.errors import TrainerError
+from hlrlhf.trainer.errors import DeviceError, TrainerError, is_of_node
 from hlrlhf.trainer.pieces import Piece
 from hlrlhf.trainer.ppo import rollout
 
@@ -118,8 +118,26 @@ def test_the_peak_of_memory_on_processors_is_the_processs_own() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.knob("device")
 def test_cuda_needs_a_gpu() -> None:
-    with pytest.raises(TrainerError, match="torch sees no GPU"):
+    with pytest.raises(DeviceError, match="torch sees no GPU"):
         device.select(settings_of(device="cuda"), 0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_does_not_answer_is_the_nodes_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def set_device(_: torch.device) -> None:
+        raise RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    with pytest.raises(DeviceError, match="device = cuda does not answer on this node") as caught:
+        device.select(settings_of(device="cuda"), 0)
+    assert is_of_node(caught.value)
+    assert not is_of_node(TrainerError("no such model"))
+    lost = RuntimeError("CUDA error: uncorrectable ECC error encountered")
+    assert not is_of_node(lost)
+    lost.error_code = 214  # type: ignore[attr-defined]
+    assert is_of_node(lost)
 
 
 def test_cuda_needs_as_many_gpus_as_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
