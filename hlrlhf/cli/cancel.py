@@ -66,11 +66,18 @@ def cancel(
                     asked.append(run)
                 else:
                     _say(run.name, "has ended already")
-            elif save and state.state == "RUNNING":
+            elif save and state.state in ("SUSPENDED", "STOPPED"):
+                _say(
+                    run.name,
+                    f"cannot save: job {job.id} is {state.state}; scontrol resume {job.id}",
+                )
+                failed = True
+            elif save and runs.Attempt(run, job.log_id, state.restarts).has_begun:
                 client.signal(job.id, "USR1", job.cluster)
                 _say(run.name, f"asked job {job.id} to save and stop")
                 asked.append(run)
             else:
+                # What has not begun to train has nothing to save.
                 clusters.setdefault(job.cluster, {})[job.id] = run.name
         except (runs.RunError, client.Rejected, client.SlurmError) as error:
             # One cluster that is out of reach must not keep the others' jobs running.

@@ -108,6 +108,25 @@ def test_another_job_with_the_same_id_is_left_alone(
     on_slurm.run("scancel", job.id)
 
 
+@pytest.mark.slurm
+def test_what_cannot_save_is_left_alone_and_what_has_nothing_to_save_is_cancelled(
+    on_slurm: Cluster, submit: Callable[..., Run]
+) -> None:
+    still, early = submit("sleep 600", tag="still"), submit("sleep 600", tag="early")
+    for run in (still, early):
+        on_slurm.wait(job_id(run), "RUNNING")
+    runs.Attempt(still, job_id(still), 0).begin()
+    on_slurm.run("scontrol", "suspend", job_id(still))
+    done = cancel("--save", "still", "early")
+    assert done.returncode == 1
+    assert f"still: cannot save: job {job_id(still)} is SUSPENDED" in done.stderr
+    assert f"early: asked Slurm to cancel job {job_id(early)}" in done.stderr
+    on_slurm.wait(job_id(early), "CANCELLED")
+    assert on_slurm.job(job_id(still))["JobState"] == "SUSPENDED"
+    on_slurm.run("scontrol", "resume", job_id(still))
+    on_slurm.run("scancel", job_id(still))
+
+
 def test_a_run_on_this_machine_is_asked_to_stop(tmp_path: Path) -> None:
     run = runs.create(tmp_path, "here")
     run.job_file.touch()
