@@ -33,19 +33,21 @@ def resume(
     if wait and local:
         raise typer.BadParameter("--local waits anyway")
     run = runs.find(name)
-    resolved = resumable(run, os.environ)
-    if resolved is None:
-        say(f"run {run.name} is complete; nothing is left to do")
-        if as_json:
-            print(json.dumps({"run": run.name, "directory": str(run.directory), "job": None}))
-        return
     place = place_for(local)
-    place.check(resolved)
-    if local:
-        hints.check_here(resolved, [])
-    started = place.resume(resolved, run, os.environ)
-    tell(started, as_json=as_json)
-    if not local:
-        say(f"follow it: hlrlhf logs -f {run.name}")
-    if wait or local:
+    with run.claimed():
+        resolved = resumable(run, os.environ)
+        if resolved is None:
+            say(f"run {run.name} is complete; nothing is left to do")
+            if as_json:
+                print(json.dumps({"run": run.name, "directory": str(run.directory), "job": None}))
+            return
+        place.check(resolved)
+        if local:
+            hints.check_here(resolved, [])
+        started = place.resume(resolved, run, os.environ)
+        tell(started, as_json=as_json)
+        if local:
+            raise typer.Exit(place.finish(resolved, started, os.environ, say))
+    say(f"follow it: hlrlhf logs -f {run.name}")
+    if wait:
         raise typer.Exit(place.finish(resolved, started, os.environ, say))

@@ -15,6 +15,7 @@ from hlrlhf.jobs.start import Started
 from hlrlhf.runs import Job, Run, RunError
 from hlrlhf.settings.errors import printable
 from hlrlhf.settings.layers import Resolved
+from hlrlhf.settings.names import settings_by_name
 from hlrlhf.slurm import client, script
 from hlrlhf.slurm.answers import STOPPED_EARLY
 
@@ -125,7 +126,8 @@ def _refusals_explained(resolved: Resolved) -> Iterator[None]:
             f"{name} = {given.value!r} ({given.origin})"
             for name, given in resolved.values.items()
             if name in _REQUEST or name.startswith("slurm.")
-            if not resolved.is_default(name) and given.value not in (None, [])
+            # A run that goes on has all settings from its file.
+            if not resolved.is_default(name) and given.value != settings_by_name()[name].default
         ]
         words = f"set by {', '.join(asked) or 'nobody'}; `hlrlhf show` lists all settings"
         raise client.Rejected(f"{error}\n{printable(words)}") from error

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Protocol
 
 from hlrlhf.jobs import states
-from hlrlhf.runs import Job, Run, RunError, attempts, create
+from hlrlhf.runs import Job, Run, RunError, attempts, create, ledger
 from hlrlhf.settings import layers
 from hlrlhf.settings.layers import Resolved
+from hlrlhf.slurm import client
 
 
 @dataclass(frozen=True)
@@ -83,17 +84,26 @@ def directory(resolved: Resolved) -> Path:
 
 
 def resumable(run: Run, environ: Mapping[str, str]) -> Resolved | None:
-    """The settings of a run that can go on; None for one that is complete.
+    """The settings with which a run can go on; None for one that is complete.
+
+    They are its own, but that it does not wait again for the jobs that it waited for, and leaves
+    out the nodes at which attempts of its last job failed by themselves.
 
     Raises:
-        RunError: it is not there, or has not ended.
+        RunError: it has not ended.
         SettingsError: its ``settings.yaml`` cannot be used.
         SlurmError: Slurm cannot be asked whether it has ended.
     """
+    own = layers.load(run.settings_file).slurm
     job = run.job()
-    if run.is_deleted or not run.settings_file.is_file():
-        raise RunError(f"{run.name}: {run.settings_file} is not there")
-    if job is not None:
+    flags = []
+    if job is None:
+        # A submission to which Slurm gave no answer leaves no record.
+        if jobs := client.named(run.name, environ):
+            raise RunError(
+                f"{run.name}: job {jobs[0]} has its name and has not ended; cancel it first"
+            )
+    else:
         if states.live([run], environ):
             raise RunError(
                 f"{run.name}: job {job.id} has not ended; to stop it first: "
@@ -102,7 +112,13 @@ def resumable(run: Run, environ: Mapping[str, str]) -> Resolved | None:
         *_, last = [None, *attempts(run, job).values()]
         if last is not None and last.code == 0:
             return None
-    return layers.resolve(files=[run.settings_file])
+        if last is not None:
+            flags.append("slurm.dependency=")
+        at_fault = [entry.at_fault for entry in ledger.entries(run) if entry.job == job.log_id]
+        if any(at_fault) and not own.nodelist:
+            out = dict.fromkeys(filter(None, [own.exclude, *at_fault]))
+            flags.append(f"slurm.exclude={','.join(out)}")
+    return layers.resolve(files=[run.settings_file], flags=flags)
 
 
 def make(resolved: Resolved, environ: Mapping[str, str]) -> Run:

@@ -99,6 +99,19 @@ def queue(
     return done.stdout
 
 
+def named(name: str, environ: Mapping[str, str] = os.environ) -> list[str]:
+    """The ids of the user's jobs of this name that wait or run.
+
+    Raises:
+        SlurmError: Slurm could not be reached.
+    """
+    user = str(os.getuid())
+    done = _run(["squeue", "-h", f"--user={user}", f"--name={name}", "-o", "%A"], environ)
+    if done.returncode:
+        raise SlurmError(_words(done))
+    return done.stdout.split()
+
+
 def accounting(
     ids: Sequence[str],
     since: str,
