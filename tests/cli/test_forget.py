@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from hlrlhf import runs
 from hlrlhf.runs import Job, Run
 
@@ -54,6 +56,18 @@ def test_what_runs_is_kept(tmp_path: Path) -> None:
         assert done.returncode == 0
         assert "forgotten: 1, kept: 1" in done.stderr
     assert [left.name for left in runs.every()] == ["run", "new"]
+
+
+def test_nothing_is_forgotten_where_the_queue_does_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path, "here")
+    make(tmp_path, "job").record(Job("slurm", "1", None, 0))
+    monkeypatch.setenv("PATH", "/nowhere")
+    done = forget("--before", "2999-01-01")
+    assert done.returncode == 3
+    assert "squeue: not found" in done.stderr
+    assert len(runs.every()) == 2
 
 
 def test_wrong_usage(tmp_path: Path) -> None:
