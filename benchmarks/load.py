@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,7 +25,7 @@ from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from cluster import Cluster, until
+from cluster import Cluster, count_calls, until
 from mandatory import MANDATORY
 
 from hlrlhf import runs
@@ -35,7 +34,6 @@ from hlrlhf.runs import Attempt, Job, Outcome, Run
 from hlrlhf.settings import layers
 
 HLRLHF = Path(sys.executable).with_name("hlrlhf")
-SLURM = ("sbatch", "squeue", "sacct", "scancel", "scontrol", "sinfo")
 COMMANDS = (
     "--version",
     "status",
@@ -69,18 +67,11 @@ def hlrlhf(environ: Environ, words: str) -> str:
     return done.stdout
 
 
-def slurm_commands(environ: Environ, folder: Path, words: str) -> int:
-    """How many commands of Slurm's the tool calls: with others before them that count."""
-    calls, before = folder / "calls", folder / "bin"
-    if not before.is_dir():
-        before.mkdir()
-        for name in SLURM:
-            real = shutil.which(name, path=environ["PATH"])
-            stand_in = before / name
-            stand_in.write_text(f'#!/bin/sh\necho {name} >>"{calls}"\nexec {real} "$@"\n')
-            stand_in.chmod(0o755)
+def slurm_commands(environ: Environ, counting: tuple[str, Path], words: str) -> int:
+    """How many commands of Slurm's the tool calls."""
+    path, calls = counting
     calls.write_text("")
-    hlrlhf({**environ, "PATH": f"{before}:{environ['PATH']}"}, words)
+    hlrlhf({**environ, "PATH": path}, words)
     return len(calls.read_text().splitlines())
 
 
@@ -146,14 +137,16 @@ def queued(cluster: Cluster) -> dict[str, tuple[str, str]]:
     return {job_id: (name, folder) for job_id, name, folder in (line.split("|") for line in lines)}
 
 
-def time_commands(cluster: Cluster, environ: Environ, folder: Path, total: int) -> None:
+def time_commands(
+    cluster: Cluster, environ: Environ, counting: tuple[str, Path], total: int
+) -> None:
     """Print how long commands take, and how many Slurm commands they call."""
     columns = []
     for size in (FEW, total):
         add(cluster, environ, size - len(runs.every(environ)))
         columns.append(
             [
-                (seconds(environ, words), slurm_commands(environ, folder, words))
+                (seconds(environ, words), slurm_commands(environ, counting, words))
                 for words in COMMANDS
             ]
         )
@@ -210,10 +203,11 @@ def main() -> None:
                 "XDG_STATE_HOME": str(folder / "state"),
             }
         )
-        time_commands(cluster, environ, folder, total)
+        counting = count_calls(folder / "bin", environ["PATH"])
+        time_commands(cluster, environ, counting, total)
         submit_many(cluster, environ, submissions)
         began = time.perf_counter()
-        calls = slurm_commands(environ, folder, "cancel --all")
+        calls = slurm_commands(environ, counting, "cancel --all")
         taken = time.perf_counter() - began
         print(f"\n`cancel --all`: {taken:.2f} s, Slurm commands: {calls}")
 

@@ -18,7 +18,6 @@ from hlrlhf.cli.table import columns
 from hlrlhf.jobs import states
 from hlrlhf.runs import ledger
 from hlrlhf.slurm.answers import State
-from hlrlhf.slurm.client import SlurmError
 
 HEAD = (
     "RUN",
@@ -73,25 +72,28 @@ def status(
     """
     if watch and as_json:
         raise typer.BadParameter("--watch and --json do not go together")
+    known: dict[runs.Run, State] | None = None
     if names:
         if running or failed or since or newest is not None:
             raise typer.BadParameter("give runs, or --running, --failed, --since and --newest")
         chosen = [runs.find(name) for name in names]
     else:
         limit = options.moment(since) if since else 0
-        chosen = [run for run in reversed(runs.every()) if run.made_at >= limit]
-        if running:
-            chosen = states.live(chosen)
-        elif newest is None and not (failed or since):
+        made = [run for run in reversed(runs.every()) if run.made_at >= limit]
+        if newest is None and not (running or failed or since):
             newest = _NEWEST
-    known: dict[runs.Run, State] = {}
-    if failed:
-        known = dict(zip(chosen, states.look(chosen), strict=True))
-        chosen = [run for run in chosen if known[run].ended and known[run].state != "COMPLETED"]
-    chosen = _newest(chosen, newest)
+        if running:
+            known = states.first_and_live(made, 0)
+        elif failed:
+            known = _newest_failed(made, newest)
+        else:
+            known = states.first_and_live(made, newest or len(made))
+            _say_left_out(len(made) - len(known))
+        chosen = list(known)
     if not watch:
-        seen = [known[run] for run in chosen] if failed else states.look(chosen)
-        _show([_Line.of(*pair) for pair in zip(chosen, seen, strict=True)], as_json)
+        if known is None:
+            known = dict(zip(chosen, states.look(chosen), strict=True))
+        _show([_Line.of(run, known[run]) for run in chosen], as_json)
     else:
         try:
             _watch(chosen)
@@ -99,22 +101,24 @@ def status(
             return
 
 
-def _newest(chosen: list[runs.Run], newest: int | None) -> list[runs.Run]:
-    """The first so many, and those behind them that wait or run; says what it leaves out."""
-    if not newest or len(chosen) <= newest:
-        return chosen
-    older = chosen[newest:]
-    try:
-        live = states.live(older)
-    except SlurmError:
-        live = []
-    left_out = len(older) - len(live)
-    if left_out:
+def _newest_failed(made: list[runs.Run], newest: int | None) -> dict[runs.Run, State]:
+    """The first so many that ended without success; says how many of those it leaves out."""
+    failed = [
+        (run, state)
+        for run, state in zip(made, states.look(made), strict=True)
+        if state.ended and state.state != "COMPLETED"
+    ]
+    shown = failed[: newest or None]
+    _say_left_out(len(failed) - len(shown))
+    return dict(shown)
+
+
+def _say_left_out(number: int) -> None:
+    if number:
         print(
-            f"{left_out} older runs are left out; -n 0 shows them, hlrlhf forget drops them",
+            f"{number} older runs are left out; -n 0 shows them, hlrlhf forget drops them",
             file=sys.stderr,
         )
-    return chosen[:newest] + live
 
 
 @dataclass(frozen=True)

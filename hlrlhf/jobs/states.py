@@ -7,10 +7,9 @@ earlier than ours, and what nobody knows is UNKNOWN, which is never an end.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 
 from hlrlhf.runs import STOPPED, Job, Outcome, Run, RunError, attempts
@@ -35,11 +34,37 @@ _LONGEST = 60.0
 
 
 def look(runs: Sequence[Run], environ: Mapping[str, str] = os.environ) -> list[State]:
-    """The states of the runs' jobs, in the same order, by one question for each cluster.
+    """The states of the runs' jobs, in the same order.
 
     Raises:
         SlurmError: there is a Slurm job among them, and neither queue nor accounting answer.
     """
+    states = first_and_live(runs, len(runs), environ)
+    return [states[run] for run in runs]
+
+
+def live(runs: Sequence[Run], environ: Mapping[str, str] = os.environ) -> list[Run]:
+    """Those of the runs that wait or run now, in the same order.
+
+    Raises:
+        SlurmError: there is a Slurm job among them, and a queue does not answer.
+    """
+    return list(first_and_live(runs, 0, environ))
+
+
+def first_and_live(
+    runs: Sequence[Run], count: int, environ: Mapping[str, str] = os.environ
+) -> dict[Run, State]:
+    """The states of the first so many runs, and of those behind them that wait or run now.
+
+    In the same order, and by one question for each cluster, in which a job that is not to be shown
+    is a number.
+
+    Raises:
+        SlurmError: there is a Slurm job among them, and neither queue nor accounting answer; or
+            the queue alone does not, where `count` is 0.
+    """
+    first = set(runs[:count])
     states: dict[Run, State] = {}
     clusters: dict[str | None, list[tuple[Run, Job]]] = {}
     for run in runs:
@@ -47,48 +72,17 @@ def look(runs: Sequence[Run], environ: Mapping[str, str] = os.environ) -> list[S
             job = run.job()
         except RunError as error:
             # One run that was tampered with must not hide all others.
-            states[run] = State(reason=str(error))
+            if run in first:
+                states[run] = State(reason=str(error))
             continue
-        if job is None:
-            states[run] = State(reason="was not submitted")
-        elif job.kind == "local" and run.is_deleted:
-            states[run] = State(reason=_DELETED)
-        elif job.kind == "local":
-            states[run] = _local(run, job)
-        else:
+        if job is not None and job.kind == "slurm":
             clusters.setdefault(job.cluster, []).append((run, job))
+        elif run in first or (job and not run.is_deleted and run.is_held()):
+            states[run] = _here(run, job)
     for cluster, pairs in clusters.items():
         for some in _batches(pairs):
-            for (run, _), state in zip(some, _on_cluster(some, cluster, environ), strict=True):
-                states[run] = state
-    return [states[run] for run in runs]
-
-
-def live(runs: Sequence[Run], environ: Mapping[str, str] = os.environ) -> list[Run]:
-    """Those of the runs that wait or run now, in the same order; asks the queues alone.
-
-    Raises:
-        SlurmError: there is a Slurm job among them, and a queue does not answer.
-    """
-    found: set[Run] = set()
-    clusters: dict[str | None, list[tuple[Run, Job]]] = {}
-    for run in runs:
-        with contextlib.suppress(RunError):
-            job = run.job()
-            if job is None:
-                continue
-            if job.kind == "slurm":
-                clusters.setdefault(job.cluster, []).append((run, job))
-            elif run.is_held():
-                found.add(run)
-    for cluster, pairs in clusters.items():
-        for some in _batches(pairs):
-            queued = parse_queue(client.queue([job.id for _, job in some], cluster, environ))
-            for run, job in some:
-                state = queued.get(job.id)
-                if state is not None and not state.ended and _is_ours(job, state):
-                    found.add(run)
-    return [run for run in runs if run in found]
+            states.update(_on_cluster(some, first, cluster, environ))
+    return {run: states[run] for run in runs if run in states}
 
 
 def submitted(
@@ -143,9 +137,12 @@ def _batches(pairs: Sequence[tuple[Run, Job]]) -> Iterator[Sequence[tuple[Run, J
 
 
 def _on_cluster(
-    pairs: Sequence[tuple[Run, Job]], cluster: str | None, environ: Mapping[str, str]
-) -> Iterator[State]:
-    """The states of jobs of one cluster, in the same order."""
+    pairs: Sequence[tuple[Run, Job]],
+    first: Set[Run],
+    cluster: str | None,
+    environ: Mapping[str, str],
+) -> Iterator[tuple[Run, State]]:
+    """The states of one cluster's jobs that are those of `first`, or wait or run."""
     no_queue: SlurmError | None = None
     queued: dict[str, State] = {}
     try:
@@ -153,6 +150,13 @@ def _on_cluster(
     except SlurmError as error:
         no_queue = error
     live = {job.id: queued[job.id] for _, job in pairs if _is_ours(job, queued.get(job.id))}
+    if no_queue and not first:
+        raise no_queue
+    pairs = [
+        (run, job)
+        for run, job in pairs
+        if run in first or (job.id in live and not live[job.id].ended)
+    ]
     # The queue says all about a job that is in its first attempt.
     asked = [job for _, job in pairs if not _is_first_attempt(job, live.get(job.id))]
     recorded: dict[str, list[State]] = {}
@@ -184,7 +188,7 @@ def _on_cluster(
             state = replace(state, reason=reason)
         if run.is_deleted:
             state = _adding(state, _DELETED)
-        yield state
+        yield run, state
 
 
 def merge(
@@ -257,8 +261,12 @@ def _is_first_attempt(job: Job, state: State | None) -> bool:
     return state is not None and not state.ended and (state.submitted or 0) <= job.submitted + 1
 
 
-def _local(run: Run, job: Job) -> State:
-    """A run on this machine: the lock says that it runs, its exit code how it ended."""
+def _here(run: Run, job: Job | None) -> State:
+    """A run without Slurm: the lock says that it runs, its exit code how it ended."""
+    if job is None:
+        return State(reason="was not submitted")
+    if run.is_deleted:
+        return State(reason=_DELETED)
     known = State(submitted=job.submitted, started=job.submitted, nodes=1)
     if run.is_held():
         elapsed = max(0, int(time.time()) - job.submitted)

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, job_id, until
+from cluster import Cluster, count_calls, job_id, until
 from terminal import on_terminal
 
 from hlrlhf import runs
@@ -198,6 +198,30 @@ def test_20_000_runs(on_slurm: Cluster, tmp_path: Path, submit: Callable[..., Ru
     assert "forgotten: 20000, kept: 1" in done.stderr
     assert [run.name for run in runs.every()] == ["oldest"]
     on_slurm.run("scancel", job_id(run))
+
+
+@pytest.mark.slurm
+def test_more_runs_are_no_more_questions_to_slurm(
+    on_slurm: Cluster, tmp_path: Path, submit: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    oldest = submit("sleep 600", tag="oldest")
+    on_slurm.wait(job_id(oldest), "RUNNING")
+    path, calls = count_calls(tmp_path / "bin", os.environ["PATH"])
+    monkeypatch.setenv("PATH", path)
+
+    def asked(*arguments: str) -> list[str]:
+        calls.write_text("")
+        assert '"oldest"' in status("--json", *arguments).stdout
+        return calls.read_text().split()
+
+    for total in (10, 60):
+        for number in range(len(runs.every()), total):
+            run = runs.create(tmp_path / "runs", "run")
+            run.record(Job("slurm", f"{10_000_000 + number}", None, int(time.time())))
+        assert asked() == ["squeue", "sacct"]
+        assert asked("-n", "0") == ["squeue", "sacct"]
+        assert asked("--running") == ["squeue"], "the queue says all of a first attempt"
+    on_slurm.run("scancel", job_id(oldest))
 
 
 def test_runs_on_this_machine_need_no_slurm(
