@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -10,11 +11,12 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from cluster import LEAVE, Cluster, until
+from cluster import LEAVE, Cluster, job_id, until
 from mandatory import MANDATORY
 
 from hlrlhf import runs
@@ -65,6 +67,13 @@ def submit(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
         check=False,
         timeout=120,
     )
+
+
+def waiting(lock: int) -> int:
+    """How many processes wait for a locked file."""
+    own = f":{os.fstat(lock).st_ino} "
+    lines = Path("/proc/locks").read_text().splitlines()
+    return sum("->" in line and own in line for line in lines)
 
 
 def nothing_left(folder: Path) -> bool:
@@ -156,6 +165,27 @@ def test_submitting_twice_makes_two_runs(on_slurm: Cluster, settings: Path) -> N
     assert json.loads((settings / "try-2" / "job.json").read_text()) == second["job"]
     shown = on_slurm.run("scontrol", "show", "job", second["job"]["id"])
     assert "JobName=try-2" in shown
+
+
+@pytest.mark.slurm
+def test_of_submissions_at_the_same_time_none_is_lost_or_doubled(
+    on_slurm: Cluster, settings: Path
+) -> None:
+    lock = Path(os.environ["XDG_STATE_HOME"], "hlrlhf", "runs.lock")
+    lock.parent.mkdir()
+    with ThreadPoolExecutor(6) as pool:
+        with lock.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            done = pool.map(submit, ["--json"] * 6, ["--set=slurm.extra=--hold"] * 6)
+            until(lambda: waiting(file.fileno()) == 6, "all to wait for a name")
+        told = [json.loads(one.stdout) for one in done]
+    assert {one["run"] for one in told} == {"try", *(f"try-{number}" for number in range(2, 7))}
+    jobs = {one["job"]["id"]: one["directory"] for one in told}
+    assert len(jobs) == 6
+    assert {job_id(run): str(run.directory) for run in runs.every()} == jobs
+    queue = on_slurm.run("squeue", "-h", "-o", "%A|%Z").split()
+    assert dict(line.split("|") for line in queue if str(settings) in line) == jobs
+    on_slurm.run("scancel", *jobs)
 
 
 @pytest.mark.slurm
