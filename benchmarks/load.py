@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/load.py [RUNS] [SUBMISSIONS]
 
 Starts the Slurm cluster of the tests, so it needs its packages and root. Of RUNS runs (1000), Slurm
-has forgotten most jobs, a third have ended, and up to 20 run and 20 wait; the commands are timed
+has forgotten most jobs, a third have ended, and some 20 run and 20 wait; the commands are timed
 with 10 runs in the index and with all, and the Slurm commands that each calls are counted. Then
 SUBMISSIONS runs (200) of one tag are submitted in a row, 20 more at the same time, and the index,
 the directories and the queue are compared. Prints tables in Markdown; ends at the first run that is
@@ -45,7 +45,7 @@ COMMANDS = (
     "logs demo",
 )
 FEW = 10
-LIVE = 20  # at most, that run and that wait
+LIVE = 20  # that run and that wait, in one call of `add` at most
 REPEATS = 9
 AT_ONCE = 20
 STEPS = 200
