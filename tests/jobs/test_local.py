@@ -113,6 +113,23 @@ def test_a_failing_rank_ends_the_others(directory: Path, start: Start) -> None:
     assert (directory / "logs" / "local.0.exit").read_text() == "9\nbroken\n"
 
 
+def test_nor_does_one_stay_that_is_stopped(directory: Path, start: Start) -> None:
+    program = """
+other = pathlib.Path('other')
+if rank:
+    other.write_text(f'{os.getpid()}\\n')
+    os.kill(os.getpid(), signal.SIGSTOP)
+while not other.exists() or not other.read_text(): time.sleep(0.01)
+while ') T ' not in pathlib.Path(f'/proc/{int(other.read_text())}/stat').read_text():
+    time.sleep(0.01)
+leave(1, 'rank 1 does not answer')
+"""
+    assert start(program) == 1
+    assert (directory / "logs" / "local.0.exit").read_text() == "1\nrank 1 does not answer\n"
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((directory / "other").read_text()), 0)
+
+
 def test_a_killed_rank_counts_as_in_a_shell(directory: Path, start: Start) -> None:
     assert start("if rank: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)") == 137
     said = (directory / "logs" / "local.0.exit").read_text()
