@@ -200,7 +200,7 @@ def _call(
 
     torch.set_num_threads(int(THREADS))
     try:
-        engine.start(tiny.cpu(tiny.settings()))
+        engine.start(tiny.cpu(tiny.settings()), tiny.settings())
         found = (rank, "", function(*arguments))
     except Exception:
         found = (rank, traceback.format_exc(), None)

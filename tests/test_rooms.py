@@ -20,6 +20,7 @@ MAY_KNOW = {
     "trainer.device": {"settings", "trainer.pieces", "trainer.randomness"},
     "trainer.ranks": {"trainer.device"},
     "trainer.deadline": {"settings", "runs", "trainer.models"},
+    "trainer.watchdog": {"settings"},
     "trainer.records": set(),
     "trainer.paths": {"settings"},
     "trainer.demo": set(),

@@ -139,7 +139,7 @@ def only_rank() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (names | {"MASTER_ADDR": "127.0.0.1"}).items():
             patch.setenv(name, str(value))
-        engine.start(cpu(settings()))
+        engine.start(cpu(settings()), settings())
         yield
     dist.destroy_process_group()
 

@@ -24,7 +24,7 @@ from hlrlhf.errors import HlrlhfError
 from hlrlhf.runs import STOPPED, Attempt, Outcome, Run, ledger
 from hlrlhf.settings.errors import printable
 from hlrlhf.settings.layers import load
-from hlrlhf.trainer.errors import TrainerError, is_of_node
+from hlrlhf.trainer.errors import HungError, TrainerError, is_of_node
 
 # How long the end of another rank may take to be known, in seconds.
 _WORD = 2.0
@@ -71,9 +71,11 @@ def main(attempt: Attempt) -> Outcome:
     # DeepSpeed looks for its accelerator when it is imported: only now does the device stand.
     from hlrlhf.trainer import loop
     from hlrlhf.trainer.models import engine
+    from hlrlhf.trainer.watchdog import Watchdog
 
-    engine.start(device)
-    end = loop.train(settings, attempt, device, lambda: len(received))
+    engine.start(device, settings)
+    watchdog = Watchdog(settings, lambda words: _leave(attempt, _failure(HungError(words))))
+    end = loop.train(settings, attempt, device, lambda: len(received), watchdog.alive)
     if end is loop.End.COMPLETE:
         return Outcome(0)
     if end is loop.End.OUT_OF_TIME:
@@ -109,10 +111,10 @@ def _failure(error: BaseException) -> Outcome:
         print(f"error: {words}", file=sys.stderr, flush=True)
     # Of several lines, as of a traceback, the first and the last say what happened.
     first, *more = words.strip().splitlines() or [""]
-    why = printable(" ".join([first, *more[-1:]]))
-    if is_of_node(error):
-        return Outcome(1, why, may_pass=True, at_fault=os.environ.get("HLRLHF_NODE"))
-    return Outcome(1, why, may_pass=not isinstance(error, HlrlhfError))
+    of_node = is_of_node(error)
+    may_pass = of_node or isinstance(error, HungError) or not isinstance(error, HlrlhfError)
+    at_fault = os.environ.get("HLRLHF_NODE") if of_node else None
+    return Outcome(1, printable(" ".join([first, *more[-1:]])), may_pass, at_fault)
 
 
 def _leave(attempt: Attempt, outcome: Outcome) -> NoReturn:

@@ -20,3 +20,7 @@ def is_of_node(error: BaseException) -> bool:
     """Whether a node is at fault rather than the run."""
     # torch's AcceleratorError has the code.
     return isinstance(error, DeviceError) or getattr(error, "error_code", None) in _BROKEN
+
+
+class HungError(TrainerError):
+    """The run no longer gets on; another start may go better."""

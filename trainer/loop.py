@@ -39,13 +39,21 @@ class End(Enum):
     OUT_OF_TIME = auto()
 
 
-def train(settings: Settings, attempt: Attempt, device: Device, warnings: Callable[[], int]) -> End:
+def train(
+    settings: Settings,
+    attempt: Attempt,
+    device: Device,
+    warnings: Callable[[], int],
+    alive: Callable[[], None],
+) -> End:
     """Train actor and critic, and save them.
 
     Args:
         attempt: at the run.
         device: this rank's.
         warnings: how often this rank has been asked to stop early.
+        alive: called at each end of a step, an evaluation or a save, where the ranks have just
+            met: the run does not hang.
 
     Returns:
         How it ended: with its models saved and, unless the disk did not take it, a checkpoint.
@@ -61,6 +69,7 @@ def train(settings: Settings, attempt: Attempt, device: Device, warnings: Callab
     prompts = reading.load_prompts(settings, tokenizer, device.torch)
     lengths.check_lengths(settings, prompts)
     mix = pretraining.load_mix(settings, tokenizer, device)
+    alive()
     total_steps = _total_steps(settings, prompts)
     rank = dist.get_rank()
     checkpoints = Checkpoints(settings, attempt)
@@ -88,6 +97,8 @@ def train(settings: Settings, attempt: Attempt, device: Device, warnings: Callab
     state = State(models, rewards, kl, mix, guard, evaluation)
     if found is not None:
         checkpoints.restore(state, found)
+    ranks.meet(device)
+    alive()
 
     exports = Exports(settings, models, tokenizer, attempt)
     engines = {"actor": models.actor, "critic": models.critic}
@@ -109,6 +120,7 @@ def train(settings: Settings, attempt: Attempt, device: Device, warnings: Callab
         if not evaluation.due(state.step, total_steps):
             return {}
         numbers, records = evaluation(state.step, models.actor, models.reference, rewards.scores)
+        alive()
         if recorder is not None:
             recorder.evaluation(state.step, numbers, records)
         return numbers
@@ -168,22 +180,32 @@ def train(settings: Settings, attempt: Attempt, device: Device, warnings: Callab
         wanted = rank == 0 and checkpoints.wanted(state.step, reward)
         late = deadline.near(values["seconds"], checkpoints.seconds)
         warned, late, save = ranks.votes([warnings() > 0, late, wanted], device)
+        alive()
         if warned or late or state.step == total_steps:  # saved below
             break
         if save:
             clock.start()
             checkpoints.save(state, reward)
             clock.lap("checkpoint_seconds")
+            ranks.meet(device)
+            alive()
         exports.at(state.step)
+        alive()
 
     complete = state.step >= total_steps
     heard = warnings()
     if checkpoints.on or not complete:
         checkpoints.save(state, numbers.get("evaluation_reward"), wait=True)
-    place = exports.last(
-        export.FINAL if complete else f"step-{state.step}",
-        lambda: ranks.agreed(warnings() > heard, device),
-    )
+        ranks.meet(device)
+        alive()
+
+    def asked_to_stop() -> bool:
+        """Whether any rank is, while they wait for room on a disk."""
+        asked = ranks.agreed(warnings() > heard, device)
+        alive()
+        return asked
+
+    place = exports.last(export.FINAL if complete else f"step-{state.step}", asked_to_stop)
     if recorder is not None:
         print(recorder.close())
         print(f"actor and critic are in {place}", flush=True)

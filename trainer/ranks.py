@@ -17,6 +17,11 @@ def summed(values: Tensor) -> Tensor:
     return values
 
 
+def meet(device: Device) -> None:
+    """Wait until all ranks are here."""
+    agreed(False, device)
+
+
 def agreed(flag: bool, device: Device) -> bool:
     """Whether any rank says yes; all ranks have to ask."""
     return votes([flag], device)[0]

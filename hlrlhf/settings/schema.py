@@ -101,6 +101,7 @@ Positive = Annotated[int, Field(ge=1), AfterValidator(_countable)]
 SignalLead = Annotated[int, Field(ge=1, le=65535)]  # Slurm keeps it in 16 bits
 Rate = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
+AtMostAYear = Annotated[float, Field(ge=0, le=525_600)]  # in minutes
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 ZeroStage = Annotated[int, Field(ge=0, le=3)]
 UpToOne = Annotated[float, Field(ge=0, le=1)]
@@ -441,7 +442,7 @@ class Optimizer(Group):
 
 
 class Guard(Group):
-    """What happens when a run's numbers go wrong."""
+    """What happens when a run's numbers go wrong, or it hangs."""
 
     max_skipped: Positive = Field(
         5,
@@ -462,6 +463,12 @@ class Guard(Group):
         0.02,
         description="Warn when the entropy of the policy is under this; 0 never does.",
         json_schema_extra=unit("nats per token"),
+    )
+    hang: AtMostAYear = Field(
+        60.0,
+        description="End a run of which no step, evaluation or save has ended for so long, and say "
+        "which ranks do not answer; 0 never does.",
+        json_schema_extra=unit("minutes"),
     )
 
 

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import deepspeed
@@ -25,15 +26,25 @@ from hlrlhf.trainer.models.forwards import Policy, Scorer
 from hlrlhf.trainer.models.lora import is_adapter
 
 
-def start(device: Device) -> None:
+def start(device: Device, settings: Settings) -> None:
     """Join the other ranks, by the variables that torchrun also sets.
+
+    Args:
+        device: this rank's.
+        settings: of which `guard.hang` bounds what a rank waits for the others.
 
     Raises:
         TrainerError: the rendezvous port is taken.
     """
     deepspeed_logger.setLevel(logging.WARNING)
+    # The watchdog comes first, and says who is waited for. HCCL knows no limit of its own.
+    hang = settings.guard.hang
+    limit = timedelta(minutes=hang + 10) if hang else timedelta(days=1000)
+    # Of the groups that DeepSpeed makes without one, 10 minutes on NCCL otherwise.
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        setattr(dist.distributed_c10d, name, limit)
     try:
-        deepspeed.init_distributed(dist_backend=device.backend, verbose=False)
+        deepspeed.init_distributed(dist_backend=device.backend, verbose=False, timeout=limit)
     except (dist.DistNetworkError, RuntimeError) as error:
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
             raise TrainerError(

@@ -127,9 +127,9 @@ def test_a_run_stops_before_it_trains_on_wrong_answers(
     device = tiny.cpu(settings)
     attempt = tiny.attempt(tmp_path)
     if kernel == "right":
-        assert loop.train(asking, attempt, device, lambda: 0) is loop.End.COMPLETE
+        assert loop.train(asking, attempt, device, lambda: 0, lambda: None) is loop.End.COMPLETE
     else:
         with pytest.raises(TrainerError, match="HL_HYBRID_ENGINE=0"):
-            loop.train(asking, attempt, device, lambda: 0)
+            loop.train(asking, attempt, device, lambda: 0, lambda: None)
     metrics = tmp_path / "metrics.jsonl"
     assert len(read_lines(metrics) if metrics.exists() else []) == steps
