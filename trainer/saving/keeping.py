@@ -68,8 +68,9 @@ class Checkpoints:
             self._folder = attempt.run.within(settings.checkpoint_path) / attempt.run.resume.name
         own = self._own
         self._retention = Retention(self._folder, attempt.number, own.keep, own.keep_best)
-        # The step that is on disk already: the one that the run went on from.
-        self._saved: int | None = None
+        # The step that is on disk already, and its reward: what the run went on from or, on rank
+        # 0, has written.
+        self._saved: tuple[int | None, float | None] = (None, None)
         # For what ranks tell each other of their files while training uses its own groups.
         self._group = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
         self._began = time.monotonic()
@@ -108,7 +109,9 @@ class Checkpoints:
         """
         self.wait()
         step = state.step
-        if step == self._saved:
+        reward = evaluated if evaluated is not None and math.isfinite(evaluated) else None
+        saved, known = self._saved
+        if any(self._of_all(step == saved and reward in (None, known))):
             return
         content = state.state()
         unfinished = self._retention.unfinished(f"step-{step}")
@@ -116,7 +119,7 @@ class Checkpoints:
             "format": checkpoint.FORMAT,
             "step": step,
             "ranks": dist.get_world_size(),
-            "reward": evaluated if evaluated is not None and math.isfinite(evaluated) else None,
+            "reward": reward,
             "settings": {name: attrgetter(name)(self._settings) for name in SAME},
         }
         save = _Save(step, unfinished, checkpoint.numbers_of(content), about, wait)
@@ -165,7 +168,7 @@ class Checkpoints:
         self._retention.damaged(reasons)
         self._warn_of(reasons)
         if found is not None:
-            self._saved = found.step
+            self._saved = (found.step, found.manifest["reward"])
         elif (source := self._settings.resume_from) is not None:
             found = self._source(Path(source), total_steps)
         elif reasons and dist.get_rank() == 0:
@@ -287,5 +290,6 @@ class Checkpoints:
         checkpoint.write_manifest(save.unfinished, save.about, files)
         self._attempt.check()
         place = self._retention.add(save.unfinished, save.step)
+        self._saved = (save.step, save.about["reward"])
         record = {"step": save.step, "folder": str(place)}
         put(self._attempt.run.newest_checkpoint, json.dumps(record) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 from collections.abc import Iterable, Iterator
@@ -63,9 +64,10 @@ class Retention:
             Where it is now.
         """
         place = self._folder / f"step-{step}"
-        self._remove(place)
+        old = self._aside(place)
         unfinished.rename(place)
         settle(self._folder)
+        shutil.rmtree(old, ignore_errors=True)
         self._damaged.discard(place)
         for folder in self._spare(step):
             self._remove(folder)
@@ -104,9 +106,11 @@ class Retention:
 
     def _remove(self, folder: Path) -> None:
         """Take it away at once: half of one must never pass for a checkpoint."""
+        shutil.rmtree(self._aside(folder), ignore_errors=True)
+
+    def _aside(self, folder: Path) -> Path:
+        """Move it, if it is there, to where `sweep` would remove it."""
         gone = self.unfinished(f"{folder.name}.old")
-        try:
+        with contextlib.suppress(OSError):
             folder.rename(gone)
-        except OSError:
-            return
-        shutil.rmtree(gone, ignore_errors=True)
+        return gone

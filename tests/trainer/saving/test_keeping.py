@@ -100,6 +100,26 @@ def test_and_the_best_if_it_is_asked_for(tmp_path: Path) -> None:
     assert not keeper(tmp_path, "checkpoint.minutes=0").wanted(7, 3.5)
 
 
+def test_a_step_is_written_once_and_again_when_it_is_evaluated(tmp_path: Path) -> None:
+    def written() -> int:
+        return (tmp_path / "run" / "resume" / "step-1").stat().st_ino
+
+    first, second = keeper(tmp_path), keeper(tmp_path, attempt=1)
+    save(first, 1)
+    unevaluated = written()
+    save(first, 1)
+    assert second.newest(10) is not None
+    save(second, 1)
+    assert written() == unevaluated
+    save(second, 1, reward=0.5)
+    evaluated = written()
+    save(second, 1)
+    save(second, 1, reward=0.5)
+    assert written() == evaluated != unevaluated
+    assert there(tmp_path) == {"step-1"}
+    assert Checkpoint.at(tmp_path / "run" / "resume" / "step-1").manifest["reward"] == 0.5
+
+
 def test_a_damaged_one_never_counts_among_those_that_are_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
