@@ -109,7 +109,7 @@ def train(
         if settings.tensorboard_path:
             board = attempt.run.within(settings.tensorboard_path)
         attempt.goes_on(state.step)
-        recorder = Recorder(attempt, board, total_steps, state.step)
+        recorder = Recorder(attempt, board, total_steps, found.step if found else None)
         recorder.models(trained)
         print(f"{total_steps} steps of {settings.gbs} prompts on {settings.world_size} ranks")
         if found is not None:

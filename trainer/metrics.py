@@ -51,28 +51,30 @@ class Recorder:
             before it writes, see `Attempt.check`.
         tensorboard: folder of the event files.
         total_steps: of the whole run.
-        done: steps of earlier attempts that this one goes on from.
+        done: steps of earlier attempts that this one goes on from; None where it begins anew.
     """
 
-    def __init__(self, attempt: Attempt, tensorboard: Path, total_steps: int, done: int = 0):
+    def __init__(
+        self, attempt: Attempt, tensorboard: Path, total_steps: int, done: int | None = None
+    ):
         run = attempt.run
         self._attempt = attempt
         self._parameters = run.parameters
         self._metrics = Lines(run.metrics)
         self._samples = Lines(run.samples)
         self._evaluations = Lines(run.evaluations)
-        self._board = Board(tensorboard, done + 1 if done else 0)
+        self._board = Board(tensorboard, 0 if done is None else done + 1)
         self._total = total_steps
-        self._first = self._steps = done
+        self._first = self._steps = done or 0
         attempt.check()
         for file in (self._metrics, self._samples, self._evaluations):
-            file.keep(done or None)
+            file.keep(done)
         rewards = (record.get("reward") for record in self._metrics.records())
         self._rewards = [reward for reward in rewards if reward is not None]
         self._began = time.perf_counter()
-        self._bar = (
-            tqdm(total=total_steps, initial=done, unit="step") if sys.stderr.isatty() else None
-        )
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total_steps, initial=self._first, unit="step")
 
     def models(self, trained: dict[str, Parameters]) -> None:
         """Record and print how many parameters train, by the model's role."""
@@ -96,7 +98,8 @@ class Recorder:
             self._rewards.append(values["reward"])
         passed = time.perf_counter() - self._began
         left = passed / (step - self._first) * (self._total - step)
-        self._numbers(step, values, seconds_left=left)
+        self._metrics.write([self._head(step) | values | {"seconds_left": left}])
+        self._board.scalars(values, step)
         shown = "  ".join(f"{name} {values[name]:.4g}" for name in SHOWN if name in values)
         if self._bar is not None:
             self._bar.set_postfix_str(shown)
@@ -130,15 +133,18 @@ class Recorder:
         """Record the answers of an evaluation, and print its numbers.
 
         Args:
-            step: steps before it. The numbers belong to that step's; before the first they make a
-                line of metrics of their own.
+            step: steps before it. The numbers belong to that step's, in whose line they still come
+                where an earlier attempt did it; without one they make a line of their own.
             values: see `hlrlhf.trainer.ppo.evaluation`.
             records: one for each prompt.
         """
         self._attempt.check()
-        if step == 0:
-            self._numbers(step, values)
         head = {"step": step, "attempt": self._attempt.number}
+        if step == self._steps:
+            self._metrics.complete(self._head(step), values)
+            self._board.scalars(values, step)
+            # It may have been done before, and no checkpoint have it.
+            self._evaluations.keep(step - 1)
         self._evaluations.write(head | record for record in records)
         shown = {name.removeprefix("evaluation_"): f"{value:.4g}" for name, value in values.items()}
         words = "  ".join(f"{name} {value}" for name, value in shown.items())
@@ -162,7 +168,5 @@ class Recorder:
             f"({last - first:+.3f})"
         )
 
-    def _numbers(self, step: int, values: dict[str, float], **more: float) -> None:
-        head = {"step": step, "total_steps": self._total, "attempt": self._attempt.number}
-        self._metrics.write([head | values | more])
-        self._board.scalars(values, step)
+    def _head(self, step: int) -> dict[str, int]:
+        return {"step": step, "total_steps": self._total, "attempt": self._attempt.number}

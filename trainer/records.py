@@ -110,6 +110,19 @@ class Lines(Appended):
         if lines:
             self.add("".join(lines).encode(), len(lines))
 
+    def complete(self, head: dict[str, Any], values: dict[str, Any]) -> None:
+        """Add values to the last record, or a new one where that is of another step.
+
+        Args:
+            head: of a new one; names the step.
+            values: that came late.
+        """
+        *before, last = [*self.records()] or [{}]
+        if last.get("step") == head["step"]:
+            put(self._path, "".join(map(_line, [*before, last | values])))
+        else:
+            self.write([head | values])
+
     def keep(self, up_to: int | None) -> None:
         """Drop the records of steps that are about to be done again, and lines cut short.
 

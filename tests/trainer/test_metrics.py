@@ -34,7 +34,11 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def record(
-    run: Path, rewards: list[float], total: int | None = None, attempt: int = 0, done: int = 0
+    run: Path,
+    rewards: list[float],
+    total: int | None = None,
+    attempt: int = 0,
+    done: int | None = None,
 ) -> str:
     own = tiny.attempt(run, attempt)
     recorder = Recorder(own, run / "tensorboard", total or len(rewards), done)
@@ -211,6 +215,31 @@ def test_evaluations_have_a_line_per_prompt_and_step_0_has_metrics_of_its_own(
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     shown = [(event.step, event.value) for event in board.Scalars("evaluation_reward")]
     assert shown == [(0, 0.25), (1, 0.75)]
+
+
+@pytest.mark.parametrize("done", [0, 2])
+def test_an_evaluation_that_comes_late_is_of_its_step(tmp_path: Path, done: int) -> None:
+    """Given up by one attempt, made by two more: the first of these left no checkpoint of it."""
+    record(tmp_path, [1.0, math.nan][:done], total=4)
+    expected = lines(tmp_path / "metrics.jsonl") if done else []
+    late = {"evaluation_reward": 0.25}
+    for attempt in (1, 2):
+        own = tiny.attempt(tmp_path, attempt)
+        recorder = Recorder(own, tmp_path / "tensorboard", 4, done)
+        recorder.evaluation(done, late, [{"prompt": "p"}, {"prompt": "q"}])
+        recorder.close()
+    Recorder(tiny.attempt(tmp_path, 3), tmp_path / "tensorboard", 4, done)
+
+    found = lines(tmp_path / "metrics.jsonl")
+    expected = expected or [{"step": 0, "total_steps": 4, "attempt": 1}]
+    assert found == [*expected[:-1], expected[-1] | late]
+    # The job script reads it there.
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines()[-1].startswith('{"step": ')
+    written = [(line["step"], line["attempt"]) for line in lines(tmp_path / "evaluations.jsonl")]
+    assert written == [(done, 2), (done, 2)]
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    shown = {(event.step, event.value) for event in board.Scalars("evaluation_reward")}
+    assert shown == {(done, 0.25)}
 
 
 def test_without_an_evaluation_there_is_no_file_of_one(tmp_path: Path) -> None:
