@@ -57,13 +57,23 @@ class Device:
     @contextlib.contextmanager
     def seeded(self, seed: int) -> Iterator[None]:
         """Draw random numbers from `seed`; afterwards they go on as if none had been drawn."""
-        states = {name: source.get_rng_state() for name, source in self._random.items()}
-        self.seed(seed)
-        try:
+        with self._going_back():
+            self.seed(seed)
             yield
-        finally:
-            for name, state in states.items():
-                self._random[name].set_rng_state(state)
+
+    @contextlib.contextmanager
+    def undrawn_on_error(self) -> Iterator[None]:
+        """Draw random numbers; after an exception they go on as if none had been drawn."""
+        with self._going_back() as back:
+            yield
+            back.pop_all()
+
+    def _going_back(self) -> contextlib.ExitStack:
+        """A context at whose end the random numbers are where they are now."""
+        back = contextlib.ExitStack()
+        for source in self._random.values():
+            back.callback(source.set_rng_state, source.get_rng_state())
+        return back
 
     def state(self) -> dict[str, Piece]:
         """Where this rank's random numbers are, for each of their sources."""

@@ -84,7 +84,9 @@ def train(
     updates = total_steps * settings.ppo.epochs * settings.ppo.minibatches
     models = roles.load(settings, tokenizer, device, updates)
     rewards = load_rewards(settings, tokenizer, models)
-    decoder = choice.decoder(settings, models.actor.module, tokenizer, device)
+    decoder = choice.decoder(
+        settings, models.actor.module, tokenizer, device, lambda: warnings() > 0
+    )
     # From here on the ranks must differ: the same seed would sample the same answers.
     device.seed(settings.seed + rank)
     kl = formulas.KlController(
@@ -116,22 +118,33 @@ def train(
             print(f"{found.folder}: the run goes on after step {state.step}")
 
     def evaluated() -> dict[str, float]:
-        """The numbers of an evaluation after the steps that are done; none where none is due."""
+        """The numbers of an evaluation after the steps that are done; none where none is due.
+
+        None either where a warning ended it: it stays due, for when the run goes on.
+        """
         if not evaluation.due(state.step, total_steps):
             return {}
-        numbers, records = evaluation(state.step, models.actor, models.reference, rewards.scores)
+        try:
+            numbers, records = evaluation(
+                state.step, models.actor, models.reference, rewards.scores
+            )
+        except rollouts.Abandoned:
+            return {}
         alive()
         if recorder is not None:
             recorder.evaluation(state.step, numbers, records)
         return numbers
 
     numbers = evaluated()
+    if numbers and found is not None and checkpoints.on:
+        # The checkpoint was saved without it.
+        checkpoints.save(state, numbers["evaluation_reward"])
     agreement = Agreement(settings, device)
     pace = measures.Pace(
         settings, flops.cost(models.actor.module), flops.cost(models.critic.module), rewards.cost
     )
     clock = measures.Clock(device)
-    warned = False
+    warned = late = False
     deadline = Deadline(settings, attempt, [*trained.values()])
     while state.step < total_steps:
         # 1. Take the step's prompts: in turn, so that a part of each rank's rows is a part of the
@@ -142,7 +155,11 @@ def train(
         # 2. Sample answers, the first ones in sight of a witness: they must be the policy's own.
         witness = agreement.witness()
         asked = [prompts.ids[i] for i in batch]
-        rollout = rollouts.generate(decoder, models.actor, asked, witness)
+        try:
+            with device.undrawn_on_error():
+                rollout = rollouts.generate(decoder, models.actor, asked, witness)
+        except rollouts.Abandoned:  # after a warning: the step has not begun
+            break
         agreement.check(witness, models.actor, rollout)
         clock.lap("generate_seconds")
         # 3. Score them: log-probs, values, rewards, advantages.
@@ -192,7 +209,7 @@ def train(
         exports.at(state.step)
         alive()
 
-    complete = state.step >= total_steps
+    complete = state.step >= total_steps and not evaluation.due(state.step, total_steps)
     heard = warnings()
     if checkpoints.on or not complete:
         checkpoints.save(state, numbers.get("evaluation_reward"), wait=True)
@@ -211,7 +228,7 @@ def train(
         print(f"actor and critic are in {place}", flush=True)
     if complete:
         return End.COMPLETE
-    return End.WARNED if warned else End.OUT_OF_TIME
+    return End.OUT_OF_TIME if late and not warned else End.WARNED
 
 
 def _total_steps(settings: Settings, prompts: reading.Prompts) -> int:

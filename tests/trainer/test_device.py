@@ -66,6 +66,14 @@ def test_all_random_numbers_follow_from_the_seed_and_from_a_state() -> None:
     with own.seeded(5):
         drawn()
     assert drawn() == expected
+    own.restore(kept)
+    with pytest.raises(ZeroDivisionError), own.undrawn_on_error():
+        raise ZeroDivisionError(drawn())
+    assert drawn() == expected
+    own.restore(kept)
+    with own.undrawn_on_error():
+        assert drawn() == expected
+    assert drawn() != expected
 
 
 class Held:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from transformers import PreTrainedTokenizerBase
 
 from hlrlhf.settings import Settings
@@ -14,9 +16,16 @@ from hlrlhf.trainer.models.forwards import Policy
 
 
 def decoder(
-    settings: Settings, policy: Policy, tokenizer: PreTrainedTokenizerBase, device: Device
+    settings: Settings,
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    device: Device,
+    warned: Callable[[], bool],
 ) -> Decoder:
     """What samples a run's answers.
+
+    Args:
+        warned: see `decoder.Decoder`.
 
     Raises:
         TrainerError: nothing ends an answer of this policy.
@@ -24,4 +33,4 @@ def decoder(
     end_tokens = tokenizers.end_tokens(policy, tokenizer)
     padding = end_tokens[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     how = sampling(settings, tokenizer, end_tokens, padding, device)
-    return (Hybrid if settings.hybrid_engine else Plain)(how, device)
+    return (Hybrid if settings.hybrid_engine else Plain)(how, device, warned)

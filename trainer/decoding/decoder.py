@@ -60,6 +60,17 @@ class Decoder(Protocol):
     def sampling(self) -> Sampling:
         """How."""
 
+    @property
+    def device(self) -> Device:
+        """Where."""
+
+    @property
+    def warned(self) -> Callable[[], bool]:
+        """Whether this rank has been asked to stop: sampling then ends with the next token.
+
+        Nobody wants the answers, which may be cut short anywhere.
+        """
+
     def __call__(
         self, policy: Placed, prompts: Sequence[list[int]], witness: Witness | None = None
     ) -> Decoded:

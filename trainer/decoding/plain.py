@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaL
 
 from hlrlhf.trainer.data import reading
 from hlrlhf.trainer.decoding.decoder import Decoded, Sampling, Witness
-from hlrlhf.trainer.decoding.stopping import StopStrings
+from hlrlhf.trainer.decoding.stopping import StopStrings, Warned
 from hlrlhf.trainer.device import Device
 from hlrlhf.trainer.models import forwards
 from hlrlhf.trainer.models.engine import gathered
@@ -22,11 +23,17 @@ class Plain:
 
     Weights do not change inside a batch, so generating micro batch by micro batch would give the
     same samples at a fraction of the speed.
+
+    Args:
+        warned: see `decoder.Decoder`.
     """
 
-    def __init__(self, sampling: Sampling, device: Device):
+    def __init__(
+        self, sampling: Sampling, device: Device, warned: Callable[[], bool] = lambda: False
+    ):
         self.sampling = sampling
-        self._device = device
+        self.device = device
+        self.warned = warned
 
     @torch.no_grad()
     def __call__(
@@ -34,11 +41,13 @@ class Plain:
     ) -> Decoded:
         config, stop = self.sampling.config, self.sampling.stop
         ids, mask = reading.pad_left(prompts, config.pad_token_id, self.sampling.multiple)
-        ids, mask = ids.to(self._device.torch), mask.to(self._device.torch)
+        ids, mask = ids.to(self.device.torch), mask.to(self.device.torch)
         stops = None
+        criteria: list[Any] = [Warned(self.warned)]
         if stop:
             shortest = config.min_new_tokens or 0
             stops = StopStrings(stop, self.sampling.tokenizer, ids.shape[1], shortest)
+            criteria.append(stops)
         # Through the engines: the hybrid engine puts its inference kernels in for eval() and takes
         # them out for train(); all scoring is done without them.
         policy.eval()
@@ -46,18 +55,18 @@ class Plain:
         # which peft's wrapper hides.
         plain = forwards.unwrapped(policy.module.lm)
         plain.generation_config = config
-        with gathered(policy), self._device.generating(plain) as extra:
+        with gathered(policy), self.device.generating(plain) as extra:
             sequences = policy.module.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 generation_config=config,
                 logits_processor=LogitsProcessorList([_Shown(witness)] if witness else []),
-                stopping_criteria=StoppingCriteriaList([stops] if stops else []),
+                stopping_criteria=StoppingCriteriaList(criteria),
                 **extra,
             )
         policy.train()
-        self._device.step_done()
-        ends = torch.tensor(stops.ends, device=self._device.torch) if stops else None
+        self.device.step_done()
+        ends = torch.tensor(stops.ends, device=self.device.torch) if stops else None
         return Decoded(sequences, mask, ends)
 
 

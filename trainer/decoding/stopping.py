@@ -1,8 +1,8 @@
-"""Stop strings: texts that end an answer as an end token does."""
+"""What ends answers besides end tokens: texts, each its own; and a warning, all of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -81,3 +81,16 @@ class StopStrings:
             self._lead + tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
         return text.partition("a")[2]
+
+
+class Warned:
+    """Ends all answers once this rank is warned; a stopping criterion as `StopStrings` is."""
+
+    def __init__(self, warned: Callable[[], bool]):
+        self._warned = warned
+
+    def __call__(self, input_ids: Tensor, scores: Any, **more: Any) -> Any:
+        warned = self._warned()
+        if more.get("needs_tensor_output", True):
+            return torch.full((len(input_ids),), warned, device=input_ids.device)
+        return warned

@@ -107,13 +107,16 @@ class Evaluation:
 
         Returns:
             The means, and a record for each prompt.
+
+        Raises:
+            Abandoned: see `rollout.generate`; it stays due.
         """
-        self._last = step
         answers = self._answer(actor, reference, scores)
         if self._reference is None:
             # The run may have gone on from one that had another evaluation, or none.
             same = step == 0 and self._settings.starts_at_reference
             self._reference = answers if same else self._answer(reference, reference, scores)
+        self._last = step
         means = {
             "evaluation_reward": answers.scores.mean().item(),
             "evaluation_kl": answers.kl.mean().item(),

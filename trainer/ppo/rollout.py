@@ -13,6 +13,11 @@ from transformers import GenerationConfig
 
 from hlrlhf.trainer.decoding.decoder import Decoder, Witness
 from hlrlhf.trainer.models.forwards import Placed
+from hlrlhf.trainer.ranks import agreed
+
+
+class Abandoned(Exception):  # noqa: N818 - nothing is wrong
+    """A rank was warned while all of them sampled: what they were at is not gone on with."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,13 @@ def generate(
         policy: an engine around a `forwards.Policy`, or see `frozen`.
         prompts: token ids, this rank's.
         witness: see `decoder.Decoder`.
+
+    Raises:
+        Abandoned: on all ranks, when one has been warned.
     """
     decoded = decoder(policy, prompts, witness)
+    if agreed(decoder.warned(), decoder.device):
+        raise Abandoned
     sampling, sequences = decoder.sampling, decoded.sequences
     if policy.module.logprob_chunk and policy.zero_optimization_stage() == 3:
         width = decoded.prompt_mask.shape[1]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, StopStringCriteria
 
-from hlrlhf.trainer.decoding.stopping import StopStrings
+from hlrlhf.trainer.decoding.stopping import StopStrings, Warned
 
 BYTES = tiny.tokenizer()
 PIECES = ["▁", "a", "b", "▁the", "he", "t", "Human", ":"]
@@ -131,6 +131,13 @@ def test_before_the_shortest_answer_a_string_ends_nothing() -> None:
         [5],
         [-1],
     ]
+
+
+def test_a_warning_ends_all_answers() -> None:
+    for heard in (False, True):
+        warned = Warned(lambda heard=heard: heard)
+        assert warned(torch.ones(3, 4), None).tolist() == [heard] * 3
+        assert warned(torch.ones(3, 4), None, needs_tensor_output=False) is heard
 
 
 def test_tensors_of_one_shape_with_a_place_to_write() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -15,13 +16,15 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from ranks import together
-from tiny import EOS, PAD
+from tiny import EOS, PAD, one_rank  # noqa: F401
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from hlrlhf.trainer.decoding.decoder import sampling
 from hlrlhf.trainer.decoding.plain import Plain
 from hlrlhf.trainer.models import engine, forwards, loading, lora
 from hlrlhf.trainer.ppo import rollout
+
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 PROMPTS = [[1, 5, 6, 7, 8, 9], [1, 30], [1, 11, 12]]
 
@@ -387,7 +390,28 @@ def test_padded_rows_have_the_log_probs_of_unpadded_ones(stubborn: Path) -> None
             assert all(math.isfinite(value) for value in expected)
 
 
-# 4. Ranks.
+# 4. Warnings.
+
+
+@pytest.mark.parametrize("stop", ["generation.stop=[]", "generation.stop=['xyz']"])
+def test_a_warning_ends_all_answers_and_nothing_is_made_of_them(speaker: Path, stop: str) -> None:
+    policy = loading.load_policy(str(speaker), "fp32", 0.0)
+    settings = tiny.settings("generation.max_new_tokens=9", "generation.min_new_tokens=9", stop)
+    device = tiny.cpu(settings)
+    how = sampling(settings, tiny.tokenizer(), [EOS], PAD, device)
+    for heard, tokens in ((3, 3), (9, 9), (10, 9)):
+        # Asked once for each token.
+        asked = itertools.count(1)
+        decoder = Plain(how, device, lambda asked=asked, heard=heard: next(asked) >= heard)
+        decoded = decoder(tiny.Engine(policy), PROMPTS)
+        assert decoded.sequences.shape[1] - decoded.prompt_mask.shape[1] == tokens
+    asked = itertools.count(1)
+    with pytest.raises(rollout.Abandoned):
+        rollout.generate(Plain(how, device, lambda: next(asked) >= 3), tiny.Engine(policy), PROMPTS)
+    assert next(asked) == 5, "by three tokens and by the ranks"
+
+
+# 5. Ranks.
 
 ROLLOUTS = 50
 

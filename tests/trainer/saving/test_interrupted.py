@@ -183,13 +183,15 @@ def test_a_fork_takes_the_next_step_of_the_old_run_with_settings_of_its_own(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("interrupt", ["2:0:warn", "2:0:sample"])
 def test_a_warned_run_always_leaves_a_checkpoint_and_goes_on_from_it(
-    through: Path, demo_models: Path, tmp_path: Path
+    interrupt: str, through: Path, demo_models: Path, tmp_path: Path
 ) -> None:
+    """Of the step in hand, or of the one before where it was sampling."""
     unasked = {"checkpoint__interval": 0, "checkpoint__minutes": 0}
     ranks.prepare(tmp_path, demo_models, **QUICK | unasked)
 
-    warned = train(tmp_path, interrupt="2:0:warn")
+    warned = train(tmp_path, interrupt=interrupt)
 
     assert warned.codes == [75], warned.output
     assert [path.name for path in (tmp_path / "resume").iterdir()] == ["step-2"]
