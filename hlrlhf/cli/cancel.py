@@ -25,7 +25,7 @@ def cancel(
     ] = False,
     save: Annotated[
         bool,
-        typer.Option("--save", help="Let runs save first, after their step, and wait for it."),
+        typer.Option("--save", help="Let runs end or give up their step and save; wait for it."),
     ] = False,
 ) -> None:
     """Stop runs.

@@ -304,7 +304,9 @@ def _signals(ranks: _Ranks) -> Iterator[None]:
             ranks.end()
         else:
             asked = True
-            os.write(2, b"hlrlhf: stopping after this step; once more to end now\n")
+            os.write(
+                2, b"hlrlhf: stopping, the step in hand done or given up; once more to end now\n"
+            )
             ranks.send(signal.SIGUSR1)
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)

@@ -541,8 +541,8 @@ class Slurm(Group):
     )
     signal_lead: SignalLead | None = Field(
         None,
-        description="Warn the run this long before its time limit, so that it stops after the "
-        "step in hand and saves its models.",
+        description="Warn the run this long before its time limit, so that it finishes the step "
+        "in hand, or gives it up while it still samples, and saves its models.",
         json_schema_extra=unit("seconds"),
     )
     extra: list[Text] = Field(

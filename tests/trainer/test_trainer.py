@@ -541,7 +541,7 @@ def test_a_second_attempt_goes_on_in_what_the_first_wrote(
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_warning_to_one_rank_stops_all_after_the_step_in_hand(
+def test_a_warning_to_one_rank_stops_all_with_their_models_saved(
     demo_models: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     prepare(tmp_path, demo_models, devices_per_node=2, mbs=2, run_steps=32)

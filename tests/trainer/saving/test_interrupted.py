@@ -187,7 +187,7 @@ def test_a_fork_takes_the_next_step_of_the_old_run_with_settings_of_its_own(
 def test_a_warned_run_always_leaves_a_checkpoint_and_goes_on_from_it(
     interrupt: str, through: Path, demo_models: Path, tmp_path: Path
 ) -> None:
-    """Of the step in hand, or of the one before where it was sampling."""
+    """Of the step in hand, or of the one before where that step was sampling."""
     unasked = {"checkpoint__interval": 0, "checkpoint__minutes": 0}
     ranks.prepare(tmp_path, demo_models, **QUICK | unasked)
 
