@@ -139,6 +139,8 @@ def train(
     if numbers and found is not None and checkpoints.on:
         # The checkpoint was saved without it.
         checkpoints.save(state, numbers["evaluation_reward"])
+        ranks.meet(device)
+        alive()
     agreement = Agreement(settings, device)
     pace = measures.Pace(
         settings, flops.cost(models.actor.module), flops.cost(models.critic.module), rewards.cost
@@ -159,6 +161,7 @@ def train(
             with device.undrawn_on_error():
                 rollout = rollouts.generate(decoder, models.actor, asked, witness)
         except rollouts.Abandoned:  # after a warning: the step has not begun
+            alive()
             break
         agreement.check(witness, models.actor, rollout)
         clock.lap("generate_seconds")
