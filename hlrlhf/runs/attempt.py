@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from hlrlhf.errors import HlrlhfError
@@ -91,7 +91,7 @@ class Attempt:
     run: Run
     job: str | None
     number: int
-    ends: float | None = None
+    ends: float | None = field(default=None, compare=False)
 
     @classmethod
     def of(cls, run: Run, environ: Mapping[str, str]) -> Attempt:
@@ -213,8 +213,16 @@ class Attempt:
 
         Raises:
             SupersededError: another attempt has begun since.
+            RunError: the run was deleted.
         """
         newest = self._read_newest()
+        try:
+            self.run.logs.stat()
+        except FileNotFoundError as error:
+            words = "was deleted while the run trained in it, which ends"
+            raise RunError(f"{self.run.directory}: {words}") from error
+        except OSError:
+            pass
         if newest not in ("", self._name):
             raise SupersededError(
                 f"a newer attempt at this run has begun ({newest}), so this one ({self._name}) "

@@ -97,7 +97,8 @@ def enter(run: Run, *, but: Attempt | None = None) -> None:
 
 def _entry(attempt: Attempt) -> Entry:
     assert attempt.job is not None
-    outcome = Outcome.read(attempt.ended) or attempt.heard()
+    said = attempt.heard()
+    outcome = Outcome.read(attempt.ended) or said
     began = attempt.beginning()
     last = progress(attempt.run)
     step = last.step if last else 0
@@ -113,6 +114,6 @@ def _entry(attempt: Attempt) -> Entry:
         first_step=first,
         last_step=step,
         exit_code=outcome.code if outcome else None,
-        at_fault=outcome.at_fault if outcome else None,
+        at_fault=said.at_fault if said else None,
         why=outcome.why if outcome else _SILENT,
     )

@@ -35,7 +35,7 @@ def test_an_attempt_has_one_line_and_the_one_that_runs_has_none(run: Run) -> Non
     for number in range(3):
         Attempt(run, "7", number).began.write_text("1000\nn1\n")
     Attempt(run, "7", 0).ended.write_text("75\nwarned\n")
-    now = Attempt(run, "7", 2)
+    now = Attempt(run, "7", 2, ends=1e12)
     for _ in range(2):
         ledger.enter(run, but=now)
     first, second = ledger.entries(run)
