@@ -157,13 +157,58 @@ class Cluster:
             yield
         finally:
             slurmd.send_signal(signal.SIGCONT)
-            idle = ("sinfo", "-h", "-p", "main", "-n", node, "-o", "%T")
+            self._back(node)
 
-            def back() -> bool:
-                self.run("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)
-                return self.run(*idle).strip() == "idle"
+    def _back(self, node: str) -> None:
+        def back() -> bool:
+            self.run("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)
+            idle = self.run("sinfo", "-h", "-p", "main", "-n", node, "-o", "%T", check=False)
+            return idle.strip() in ("idle", "mixed", "allocated")
 
-            until(back, f"{node} to come back")
+        until(back, f"{node} to come back")
+
+    @contextlib.contextmanager
+    def configured(self, line: str) -> Iterator[None]:
+        """The cluster with one more line in its slurm.conf."""
+        file = self.folder / "slurm.conf"
+        text = file.read_text()
+        file.write_text(f"{text}{line}\n")
+        self.run("scontrol", "reconfigure")
+        try:
+            yield
+        finally:
+            file.write_text(text)
+            self.run("scontrol", "reconfigure")
+
+    @contextlib.contextmanager
+    def away(self, *command: str, by: signal.Signals = signal.SIGKILL) -> Iterator[None]:
+        """The cluster while one of its daemons has been ended; afterwards it is started again.
+
+        Args:
+            command: how it was started, such as ``slurmd -D -N n1``.
+            by: slurmctld, which writes its state every few seconds, forgets what was since when
+                it is killed.
+        """
+        (daemon,) = (one for one in self._daemons if _started(one)[: len(command)] == [*command])
+        whole = _started(daemon)
+        daemon.send_signal(by)
+        daemon.wait()
+        self._daemons.remove(daemon)
+        try:
+            yield
+        finally:
+            self._spawn(*whole)
+
+    @contextlib.contextmanager
+    def crashed(self, node: str) -> Iterator[None]:
+        """The cluster while a node is dead, with all that ran on it; afterwards it is back."""
+        with self.away("slurmd", "-D", "-N", node):
+            for pid in _of_node(node):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=broken")
+            yield
+        self._back(node)
 
     def start_now(self, job_id: str) -> None:
         """Start a requeued job soon, rather than after Slurm's two minutes.
@@ -325,6 +370,23 @@ StorageUser=root
 StorageLoc=slurm
 """
         )
+
+
+def _started(daemon: subprocess.Popen[bytes]) -> list[str]:
+    """The command of a daemon, as `spawn` got it."""
+    words = [str(word) for word in daemon.args]  # type: ignore[union-attr]
+    return words[words.index("--") + 1 :]
+
+
+def _of_node(node: str) -> list[int]:
+    """The processes of the jobs on a node, and their keepers."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            environ = (folder / "environ").read_bytes().split(b"\0")
+            if f"SLURMD_NODENAME={node}".encode() in environ:
+                found.append(int(folder.name))
+    return found
 
 
 def daemons_path() -> str:

@@ -79,7 +79,9 @@ def records(file: Path) -> list[dict[str, Any]]:
 
 def contents(run: Path) -> dict[str, Any]:
     """What a run recorded and saved, by the name of the file."""
-    found: dict[str, Any] = {file.name: records(file) for file in run.glob("*.jsonl")}
+    # When and where the run was attempted is of the day.
+    files = [file for file in run.glob("*.jsonl") if file.name != "attempts.jsonl"]
+    found: dict[str, Any] = {file.name: records(file) for file in files}
     for file in (run / "checkpoints").rglob("*"):
         if file.is_file():
             # Adapters name the folder of their base.
