@@ -215,14 +215,10 @@ class Attempt:
             SupersededError: another attempt has begun since.
             RunError: the run was deleted.
         """
-        newest = self._read_newest()
-        try:
-            self.run.logs.stat()
-        except FileNotFoundError as error:
+        if self.job is not None and _is_not_there(self.run.logs):
             words = "was deleted while the run trained in it, which ends"
-            raise RunError(f"{self.run.directory}: {words}") from error
-        except OSError:
-            pass
+            raise RunError(f"{self.run.directory}: {words}")
+        newest = self._read_newest()
         if newest not in ("", self._name):
             raise SupersededError(
                 f"a newer attempt at this run has begun ({newest}), so this one ({self._name}) "
@@ -258,3 +254,14 @@ class Attempt:
     @property
     def _name(self) -> str:
         return f"{self.job or 'by hand'}, attempt {self.number}"
+
+
+def _is_not_there(folder: Path) -> bool:
+    """Whether it does not exist; that it cannot be reached just now does not count."""
+    try:
+        folder.stat()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return False
