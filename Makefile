@@ -25,7 +25,8 @@ demo: .venv/.train
 test: .venv/.test
 	@tests/install.sh
 	@$(MAKE) --no-print-directory check
-	$(BIN)/pytest
+	@# Two processes: half of the tests wait for a cluster, of which each process has its own.
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 test-portable: .venv/.test
 	@$(BIN)/python tests/portable.py
