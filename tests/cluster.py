@@ -203,9 +203,11 @@ class Cluster:
     def crashed(self, node: str) -> Iterator[None]:
         """The cluster while a node is dead, with all that ran on it; afterwards it is back."""
         with self.away("slurmd", "-D", "-N", node):
-            for pid in _of_node(node):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            # All at once: none lives to see the others' end, and to tell of it.
+            for number in (signal.SIGSTOP, signal.SIGKILL):
+                for pid in _of_node(node):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, number)
             self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=broken")
             yield
         self._back(node)

@@ -1,7 +1,7 @@
 """One rank: ``python -m hlrlhf.trainer RUN_DIRECTORY``.
 
 RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT say which one, as torchrun sets them.
-Exits with 0 when the run is complete; with 75 when it stopped, its models saved, after a warning
+Exits with 0 when the run is complete; with 75 when it stopped, its state saved, after a warning
 (SIGUSR1, or SIGTERM from a scheduler that gives it time) or before its job's end (HLRLHF_ENDS); and
 with 1 when it failed. Ranks that belong to a job (HLRLHF_JOB, HLRLHF_ATTEMPT) also leave this in
 the run directory, see `hlrlhf.runs.Attempt`: whoever started them may see no more of their end than
@@ -79,10 +79,10 @@ def main(attempt: Attempt) -> Outcome:
     if end is loop.End.COMPLETE:
         return Outcome(0)
     if end is loop.End.OUT_OF_TIME:
-        why = "stopped before its job is out of time, its models are saved"
+        why = "stopped before its job is out of time; what it has learnt is saved"
         return Outcome(STOPPED, why, may_pass=True)
     by = signal.Signals(received[0]).name if received else "a signal to another rank"
-    return Outcome(STOPPED, f"stopped early by {by}, its models are saved")
+    return Outcome(STOPPED, f"stopped early by {by}; what it has learnt is saved")
 
 
 def _quieten() -> None:

@@ -56,7 +56,7 @@ def train(
             met: the run does not hang.
 
     Returns:
-        How it ended: with its models saved and, unless the disk did not take it, a checkpoint.
+        How it ended: with its models saved, unless a checkpoint is and the run is started again.
 
     Raises:
         TrainerError: the models or the data do not allow it.
@@ -225,10 +225,15 @@ def train(
         alive()
         return asked
 
-    place = exports.last(export.FINAL if complete else f"step-{state.step}", asked_to_stop)
+    # A run that is started again needs its state alone, and may have little time to save.
+    again = not complete and settings.slurm.requeue and attempt.is_of_slurm
+    place = None
+    if not (again and checkpoints.has(state.step)):
+        place = exports.last(export.FINAL if complete else f"step-{state.step}", asked_to_stop)
     if recorder is not None:
         print(recorder.close())
-        print(f"actor and critic are in {place}", flush=True)
+        if place is not None:
+            print(f"actor and critic are in {place}", flush=True)
     if complete:
         return End.COMPLETE
     return End.OUT_OF_TIME if late and not warned else End.WARNED

@@ -27,7 +27,7 @@ class Outcome:
     """How an attempt ended.
 
     Attributes:
-        code: 0 complete, `STOPPED` stopped early with its models saved, 128 + n ended by signal n,
+        code: 0 complete, `STOPPED` stopped early with its state saved, 128 + n ended by signal n,
             anything else failed.
         why: one line; may be empty.
         may_pass: whether another start may go better.
@@ -110,6 +110,11 @@ class Attempt:
         """The attempt whose file in ``logs/`` has this name; None for other files."""
         match = re.fullmatch(r"([0-9]+|local)\.([0-9]{1,9})\.(log|exit|rank|began)", name, re.ASCII)
         return cls(run, match[1], int(match[2])) if match else None
+
+    @property
+    def is_of_slurm(self) -> bool:
+        """Whether a batch script runs it, which can start another one."""
+        return self.job not in (None, "local")
 
     @property
     def log(self) -> Path:

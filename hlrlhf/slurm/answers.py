@@ -57,7 +57,7 @@ class State:
 
     Attributes:
         state: Slurm's word for it; STOPPED_EARLY instead of its FAILED where a run stopped after a
-            warning, its models saved; or UNKNOWN.
+            warning, its state saved; or UNKNOWN.
         reason: why it is in that state, in the run's words, Slurm's or ours; may be empty.
         exit_code: of the run, 128 + n when signal n ended it; None before the end, and where Slurm
             ended the job with no code to tell.

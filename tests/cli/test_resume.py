@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import disks
 import pytest
 from cluster import LEAVE, Cluster, job_id
 from mandatory import MANDATORY
@@ -110,3 +112,12 @@ def test_a_run_without_settings_is_refused(tmp_path: Path) -> None:
     run = runs.create(tmp_path, "run")
     said = hlrlhf("resume", "run", code=2)
     assert f"{run.settings_file}: {os.strerror(2)}" in said
+
+
+def test_a_directory_that_cannot_be_written_stays_as_it_is(tmp_path: Path) -> None:
+    with disks.disk(tmp_path / "disk", "1m") as disk:
+        run = runs.create(disk, "run")
+        run.settings_file.write_text("tag: run\n")
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        said = hlrlhf("resume", "run", code=2)
+    assert f"{run.settings_file}: {os.strerror(errno.EROFS)}" in said

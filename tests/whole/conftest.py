@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,15 +13,22 @@ from demo_run import STEPS, Start, hlrlhf, steps
 from hlrlhf import runs
 from hlrlhf.runs import Run
 
+# What no file of a run may hold.
+SECRETS = ("HF_TOKEN", "WANDB_API_KEY", "MY_SECRET", "DB_PASSWORD")
+SECRET = "hf_nobody-may-read-this"
+
 
 @pytest.fixture
 def start_demo(
     on_slurm: Cluster, demo_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Start:
+) -> Iterator[Start]:
     """Start a run of one rank; unless it is not to wait, it has taken some steps by then."""
     monkeypatch.chdir(tmp_path)
     # One thread each, so that all runs add up in one order.
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    # Jobs have the user's environment.
+    for name in SECRETS:
+        monkeypatch.setenv(name, SECRET)
 
     def start(tag: str, *flags: str, wait: bool = True) -> Run:
         every = (
@@ -38,4 +46,6 @@ def start_demo(
         until(lambda: not wait or len(steps(run)) > 2, "the first steps", 120)
         return run
 
-    return start
+    yield start
+    for file in (tmp_path / "runs").rglob("*"):
+        assert not file.is_file() or SECRET.encode() not in file.read_bytes(), file

@@ -112,8 +112,8 @@ def test_an_attempt_on_a_node_that_was_taken_for_dead_leaves_the_run_to_the_next
     said = runs.Attempt(run, job, 0).heard()
     assert said is not None
     assert "a newer attempt at this run has begun" in said.why
-    saved = [folder.name for folder in (run.directory / "checkpoints").iterdir()]
-    assert len(saved) == 1, "by the newer one, when it was cancelled"
+    until(lambda: runs.saved(run), "the state of the newer one, which was cancelled")
+    assert sorted(run.resume.iterdir()) == [run.resume / f"step-{steps(run)[-1][1]}"]
 
 
 def test_a_preempted_run_saves_within_its_grace(on_slurm: Cluster, start: Start) -> None:

@@ -36,6 +36,8 @@ def test_warned_and_requeued_a_run_ends_as_one_that_never_was(
     completed(on_slurm, run)
     on_slurm.wait(job_id(through), "COMPLETED")
     assert ends(run) == ends(through)
+    names = [folder.name for folder in run.checkpoints.iterdir()]
+    assert names == ["final"], "it went on, so that nobody needs its models of before"
     said = [end.why for end in runs.attempts(run, run.job()).values() if end]  # type: ignore[arg-type]
     assert len(said) == 3
     assert all("stopped early by SIGUSR1" in why for why in said[:2])

@@ -83,6 +83,10 @@ class Checkpoints:
         """Whether the run saves any unasked."""
         return self._own.interval > 0 or self._own.minutes > 0 or self._own.keep_best
 
+    def has(self, step: int) -> bool:
+        """Whether the state after a step is on disk."""
+        return any(self._of_all(self._saved[0] == step))
+
     def wanted(self, step: int, evaluated: float | None) -> bool:
         """Whether to save after a step, by this rank's clock and what it sees on the disk.
 
