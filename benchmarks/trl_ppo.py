@@ -3,19 +3,21 @@
     python benchmarks/trl_ppo.py RUN_DIRECTORY
 
 Everything that both trainers have comes from the run's ``settings.yaml``; what TRL has besides is
-set as its documentation does. Each step's mean score and KL divergence go to ``trl.jsonl`` in the
-run directory, under the names that ``metrics.jsonl`` has for them.
+set as its documentation does. Each step's mean score and KL divergence, its seconds and the peak of
+memory go to ``trl.jsonl`` in the run directory, under the names that ``metrics.jsonl`` has for
+them. OMP_NUM_THREADS says how many threads compute.
 """
 
 from __future__ import annotations
 
 import json
+import resource
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from transformers import (
     AutoModelForCausalLM,
@@ -39,13 +41,22 @@ class Record(TrainerCallback):
     def __init__(self, path: Path, rows: int):
         self._file = path.open("w", encoding="utf-8")
         self._rows = rows
+        self._began = time.perf_counter()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Called once a step."""
         values = {ours: logs[theirs] for theirs, ours in NAMES.items()}
+        now = time.perf_counter()
+        values |= {"seconds": now - self._began, "peak_memory_bytes": peak_memory()}
+        self._began = now
         step = logs["episode"] // self._rows
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
+
+
+def peak_memory() -> int:
+    """Bytes, as our own trainer counts them on processors."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def config(settings: Settings, prompts: int, output: str) -> PPOConfig:
@@ -54,9 +65,9 @@ def config(settings: Settings, prompts: int, output: str) -> PPOConfig:
     Raises:
         AssertionError: the run asks for what TRL's trainer does not do.
     """
-    # TRL's loop clips no gradients and no scores, and averages losses micro batch by micro batch.
+    # TRL's loop clips no gradients and no scores; it averages losses micro batch by micro batch, so
+    # that what is learnt is comparable only where there is one.
     assert settings.world_size == 1
-    assert settings.mbs == settings.gbs
     assert settings.optimizer.gradient_clipping == 0
     assert settings.actor.learning_rate == settings.critic.learning_rate
     assert settings.actor.weight_decay == settings.critic.weight_decay == 0
@@ -73,8 +84,9 @@ def config(settings: Settings, prompts: int, output: str) -> PPOConfig:
         use_cpu=settings.device == "cpu",
         bf16=settings.dtype == "bf16",
         per_device_train_batch_size=settings.mbs,
-        local_rollout_forward_batch_size=settings.mbs,
-        gradient_accumulation_steps=1,
+        # It generates as many at a time as it scores; all at once is what it does by itself.
+        local_rollout_forward_batch_size=settings.gbs,
+        gradient_accumulation_steps=settings.gbs // settings.mbs,
         num_mini_batches=settings.ppo.minibatches,
         num_ppo_epochs=settings.ppo.epochs,
         total_episodes=steps * settings.gbs,
@@ -110,7 +122,6 @@ def config(settings: Settings, prompts: int, output: str) -> PPOConfig:
 def train(run: Path) -> None:
     """Train on the run's models and prompts, from where the run itself started."""
     settings = load(Run(run).settings_file)
-    torch.set_num_threads(1)
     actor, critic = settings.actor.model_path, settings.critic.model_path
     reward = settings.reward.model_path or critic
     tokenizer = AutoTokenizer.from_pretrained(actor, padding_side="left")
