@@ -159,6 +159,22 @@ class Cluster:
             slurmd.send_signal(signal.SIGCONT)
             self._back(node)
 
+    def _of_node(self, node: str) -> set[int]:
+        """The processes of this cluster's jobs on a node, and their keepers."""
+        names = {f"SLURMD_NODENAME={node}", f"SLURM_CONF={self.environ['SLURM_CONF']}"}
+        found = set()
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                environ = (folder / "environ").read_bytes().decode(errors="replace")
+                if names <= set(environ.split("\0")):
+                    status = (folder / "status").read_text()
+                    parent = int(status.partition("\nPPid:")[2].split()[0])
+                    found.add(int(folder.name))
+                    # It writes its title over its environment.
+                    if Path(f"/proc/{parent}/cmdline").read_bytes().startswith(b"slurmstepd"):
+                        found.add(parent)
+        return found
+
     def _back(self, node: str) -> None:
         def back() -> bool:
             self.run("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)
@@ -204,8 +220,9 @@ class Cluster:
         """The cluster while a node is dead, with all that ran on it; afterwards it is back."""
         with self.away("slurmd", "-D", "-N", node):
             # All at once: none lives to see the others' end, and to tell of it.
+            there = self._of_node(node)
             for number in (signal.SIGSTOP, signal.SIGKILL):
-                for pid in _of_node(node):
+                for pid in there:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, number)
             self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=broken")
@@ -378,17 +395,6 @@ def _started(daemon: subprocess.Popen[bytes]) -> list[str]:
     """The command of a daemon, as `spawn` got it."""
     words = [str(word) for word in daemon.args]  # type: ignore[union-attr]
     return words[words.index("--") + 1 :]
-
-
-def _of_node(node: str) -> list[int]:
-    """The processes of the jobs on a node, and their keepers."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            environ = (folder / "environ").read_bytes().split(b"\0")
-            if f"SLURMD_NODENAME={node}".encode() in environ:
-                found.append(int(folder.name))
-    return found
 
 
 def daemons_path() -> str:

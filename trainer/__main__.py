@@ -105,7 +105,7 @@ def _failure(error: BaseException) -> Outcome:
         words = f"{type(error).__name__}: {error}"
         # It may be no more than what the end of another rank looks like from here: let that one's
         # word be the first.
-        if os.environ.get("WORLD_SIZE", "1") != "1":
+        if os.environ.get("WORLD_SIZE", "1") != "1" and not is_of_node(error):
             time.sleep(_WORD)
     with contextlib.suppress(OSError):  # a full disk must not hide how the run ended
         print(f"error: {words}", file=sys.stderr, flush=True)

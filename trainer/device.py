@@ -142,9 +142,10 @@ class Cuda(Device):
 
     def __init__(self, settings: Settings, local_rank: int):
         if not torch.cuda.is_available():
-            raise DeviceError("device = cuda, but torch sees no GPU on this node")
+            kind = DeviceError if torch.version.cuda else TrainerError
+            raise kind("device = cuda, but torch sees no GPU on this node")
         if local_rank >= torch.cuda.device_count():
-            raise DeviceError(
+            raise TrainerError(
                 f"devices_per_node = {settings.devices_per_node}, but this node shows "
                 f"{torch.cuda.device_count()} GPUs to the job"
             )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import faulthandler
 import re
-import signal
 import sys
 import threading
 import time
@@ -58,7 +57,7 @@ class Watchdog:
             if self._alive.wait(self._minutes * 60 / _PARTS):
                 self._alive.clear()
                 left = _PARTS
-        signal.alarm(_LAST)
+        faulthandler.dump_traceback_later(_LAST, exit=True)
         print(f"rank {dist.get_rank()} stands here:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(all_threads=True)
         silent = self._silent()

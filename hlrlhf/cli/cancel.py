@@ -12,7 +12,7 @@ from hlrlhf.errors import shortened
 from hlrlhf.jobs import states
 from hlrlhf.settings.errors import printable
 from hlrlhf.slurm import client
-from hlrlhf.slurm.answers import STOPPED_EARLY, UNKNOWN
+from hlrlhf.slurm.answers import STOPPED_EARLY, UNKNOWN, State
 
 
 def cancel(
@@ -72,12 +72,11 @@ def cancel(
                     f"cannot save: job {job.id} is {state.state}; scontrol resume {job.id}",
                 )
                 failed = True
-            elif save and runs.Attempt(run, job.log_id, state.restarts).has_begun:
+            elif save and _trains(run, job, state):
                 client.signal(job.id, "USR1", job.cluster)
                 _say(run.name, f"asked job {job.id} to save and stop")
                 asked.append(run)
             else:
-                # What has not begun to train has nothing to save.
                 clusters.setdefault(job.cluster, {})[job.id] = run.name
         except (runs.RunError, client.Rejected, client.SlurmError) as error:
             # One cluster that is out of reach must not keep the others' jobs running.
@@ -111,6 +110,12 @@ def _all_saved(asked: list[runs.Run]) -> bool:
             _say(run.name, f"{state.state}: {state.reason}" if state.reason else state.state)
             saved &= state.state in (STOPPED_EARLY, "COMPLETED")
     return saved
+
+
+def _trains(run: runs.Run, job: runs.Job, state: State) -> bool:
+    """Whether its ranks can be asked; what has not begun to train has nothing to save."""
+    begun = runs.Attempt(run, job.log_id, state.restarts).has_begun
+    return begun and state.state in ("RUNNING", "COMPLETING")
 
 
 def _say(who: str, what: str) -> None:

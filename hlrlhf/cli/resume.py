@@ -12,6 +12,7 @@ from hlrlhf import runs
 from hlrlhf.cli.submit import place_for, say, tell
 from hlrlhf.jobs.start import resumable
 from hlrlhf.settings import hints
+from hlrlhf.slurm.client import Rejected
 
 
 def resume(
@@ -44,7 +45,15 @@ def resume(
         place.check(resolved)
         if local:
             hints.check_here(resolved, [])
-        started = place.resume(resolved, run, os.environ)
+        try:
+            started = place.resume(resolved, run, os.environ)
+        except Rejected:
+            # There may be too few other nodes.
+            every = resumable(run, os.environ, without_fault=False)
+            if every is None or every.settings == resolved.settings:
+                raise
+            resolved = every
+            started = place.resume(resolved, run, os.environ)
         tell(started, as_json=as_json)
         if local:
             raise typer.Exit(place.finish(resolved, started, os.environ, say))

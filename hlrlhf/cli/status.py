@@ -161,8 +161,9 @@ class _Line:
     def _steps(self) -> bool:
         """Whether it runs, and this attempt has taken a step."""
         began = self.state.started or 0
-        known = self.progress is not None and self.progress.written >= began
-        return known and self.state.state == "RUNNING"
+        if self.progress is None or self.state.state != "RUNNING":
+            return False
+        return self.progress.written >= began and self.progress.attempt >= self.state.restarts
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON form."""

@@ -83,11 +83,17 @@ def directory(resolved: Resolved) -> Path:
     return Path(resolved.settings.base_out_path, resolved.settings.tag)
 
 
-def resumable(run: Run, environ: Mapping[str, str]) -> Resolved | None:
+def resumable(
+    run: Run, environ: Mapping[str, str], *, without_fault: bool = True
+) -> Resolved | None:
     """The settings with which a run can go on; None for one that is complete.
 
-    They are its own, but that it does not wait again for the jobs that it waited for, and leaves
-    out the nodes at which attempts of its last job failed by themselves.
+    They are its own, but that it does not wait again for the jobs that it has waited for.
+
+    Args:
+        run: the run.
+        environ: the caller's environment.
+        without_fault: leave out the node that was at fault when its last attempt failed.
 
     Raises:
         RunError: it has not ended.
@@ -112,11 +118,11 @@ def resumable(run: Run, environ: Mapping[str, str]) -> Resolved | None:
         *_, last = [None, *attempts(run, job).values()]
         if last is not None and last.code == 0:
             return None
-        if last is not None:
+        if last is not None and own.dependency and own.dependency in run.script.read_text():
             flags.append("slurm.dependency=")
-        at_fault = [entry.at_fault for entry in ledger.entries(run) if entry.job == job.log_id]
-        if any(at_fault) and not own.nodelist:
-            out = dict.fromkeys(filter(None, [own.exclude, *at_fault]))
+        *_, entry = [None, *ledger.entries(run)]
+        if without_fault and entry and entry.at_fault and not own.nodelist:
+            out = filter(None, [own.exclude, entry.at_fault])
             flags.append(f"slurm.exclude={','.join(out)}")
     return layers.resolve(files=[run.settings_file], flags=flags)
 

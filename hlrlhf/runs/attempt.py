@@ -8,6 +8,7 @@ out that a newer one has begun.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -166,7 +167,9 @@ class Attempt:
     def goes_on(self, done: int) -> None:
         """Note, by its first rank, how many steps earlier attempts have done."""
         if self.job is not None:
-            with contextlib.suppress(OSError), self.began.open("a", encoding="utf-8") as file:
+            # Where it could not be written before, it has no third line either.
+            with contextlib.suppress(OSError), self.began.open("r+", encoding="utf-8") as file:
+                file.seek(0, os.SEEK_END)
                 file.write(f"{done}\n")
 
     def heard(self) -> Outcome | None:

@@ -187,6 +187,8 @@ class Run:
             except BlockingIOError as error:
                 words = "another command that starts it is under way"
                 raise RunError(f"{self.name}: {words}") from error
+            except OSError:
+                pass  # a file system without locks: that the job has ended is asked for anyway
             yield
 
     def set_job_aside(self) -> None:

@@ -537,12 +537,12 @@ class Slurm(Group):
     max_attempts: Positive = Field(
         10,
         description="Attempts of a job before its script does not start it again; nor does it when "
-        "two in a row end after the same step.",
+        "two in a row end after the same step, unless it was preempted.",
     )
     signal_lead: SignalLead | None = Field(
         None,
         description="Warn the run this long before its time limit, so that it finishes the step "
-        "in hand, or gives it up while it still samples, and saves its models.",
+        "in hand, or gives it up while it still samples, and saves its state.",
         json_schema_extra=unit("seconds"),
     )
     extra: list[Text] = Field(

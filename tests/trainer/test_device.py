@@ -126,7 +126,7 @@ def test_the_peak_of_memory_on_processors_is_the_processs_own() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.knob("device")
 def test_cuda_needs_a_gpu() -> None:
-    with pytest.raises(DeviceError, match="torch sees no GPU"):
+    with pytest.raises(TrainerError, match="torch sees no GPU"):
         device.select(settings_of(device="cuda"), 0)
 
 

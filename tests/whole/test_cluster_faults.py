@@ -194,7 +194,7 @@ def test_a_full_disk_costs_checkpoints_and_records_but_not_the_run(
 
 
 def test_a_run_whose_directory_is_deleted_ends(on_slurm: Cluster, start_demo: Start) -> None:
-    run = start_demo("gone", OFTEN, ENDLESS)
+    run = start_demo("gone", OFTEN, ENDLESS, "slurm.requeue_on_failure=true")
     shutil.rmtree(run.directory)
     on_slurm.wait(runs.find("gone").job().id, "FAILED", seconds=60)  # type: ignore[union-attr]
     assert not run.directory.exists()
