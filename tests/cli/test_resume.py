@@ -75,6 +75,15 @@ def test_nodes_that_somebody_asked_for_stay(on_slurm: Cluster, start: Start) -> 
 
 
 @pytest.mark.slurm
+def test_where_there_are_too_few_other_nodes_it_takes_all(on_slurm: Cluster, start: Start) -> None:
+    run = start("num_nodes=2", "devices_per_node=1")
+    run.attempts.write_text(ENDED % job_id(run))
+    hlrlhf("resume", "run", "--wait", code=1)
+    assert "--exclude" not in run.script.read_text()
+    assert on_slurm.job(job_id(run))["NumNodes"] == "2"
+
+
+@pytest.mark.slurm
 def test_a_job_that_only_slurm_knows_is_found_by_its_name(on_slurm: Cluster, start: Start) -> None:
     """A submission to which Slurm gave no answer leaves no record."""
     run = start()
