@@ -268,8 +268,6 @@ def _is_not_there(folder: Path) -> bool:
     """Whether it does not exist; that it cannot be reached just now does not count."""
     try:
         folder.stat()
-    except FileNotFoundError:
-        return True
-    except OSError:
-        return False
+    except OSError as error:
+        return isinstance(error, FileNotFoundError)
     return False

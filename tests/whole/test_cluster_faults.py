@@ -59,6 +59,13 @@ def at_most_two_again(entries: list[Entry]) -> None:
         assert 0 <= before.last_step + 1 - after.first_step <= 2
 
 
+def completes_when_resumed(run: Run) -> None:
+    last = shortened(run)
+    hlrlhf("resume", run.name, "--wait")
+    assert steps(run) == list(range(1, last + 1))
+    at_most_two_again(ledger.entries(run))
+
+
 def test_a_daemon_that_dies_is_not_noticed_and_a_node_that_dies_gives_way_to_another(
     on_slurm: Cluster, start_demo: Start
 ) -> None:
@@ -88,10 +95,7 @@ def test_a_script_that_is_killed_takes_its_ranks_along(
     until(lambda: has_no_process(run), "the ranks' end")
     until(lambda: look([run])[0].finished, "accounting")
     assert look([run])[0].state in ("FAILED", "STOPPED_EARLY")
-    last = shortened(run)
-    hlrlhf("resume", "shell", "--wait")
-    assert steps(run) == list(range(1, last + 1))
-    at_most_two_again(ledger.entries(run))
+    completes_when_resumed(run)
 
 
 def test_a_job_that_outlives_its_limit_is_ended_and_can_go_on(
@@ -104,10 +108,7 @@ def test_a_job_that_outlives_its_limit_is_ended_and_can_go_on(
     on_slurm.wait(job_id(run), "TIMEOUT", seconds=120)
     until(lambda: has_no_process(run), "the rank's end")
     assert look([run])[0].state == "TIMEOUT"
-    last = shortened(run)
-    hlrlhf("resume", "limit", "--wait")
-    assert steps(run) == list(range(1, last + 1))
-    at_most_two_again(ledger.entries(run))
+    completes_when_resumed(run)
 
 
 def test_requeued_by_hand_a_run_goes_on_and_cancelled_it_does_not(
