@@ -74,9 +74,8 @@ def process(run: Run, rank: int, attempt: int = 0) -> int | None:
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             command = (folder / "cmdline").read_bytes().split(b"\0")
-            if command[1:3] == [b"-m", b"hlrlhf.trainer"] and wanted <= set(
-                (folder / "environ").read_text().split("\0")
-            ):
+            ours = [b"-m", b"hlrlhf.trainer", str(run.directory).encode()]
+            if command[1:4] == ours and wanted <= set((folder / "environ").read_text().split("\0")):
                 return int(folder.name)
     return None
 

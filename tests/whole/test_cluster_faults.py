@@ -29,12 +29,11 @@ QUIET = ("--output=/dev/null", "--wrap=true")
 
 
 def script_of(run: Run) -> int:
-    """The process id of the batch script."""
+    """The process id of the batch script: another cluster may have a job of the same id."""
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             words = (folder / "cmdline").read_bytes()
-            environ = (folder / "environ").read_bytes().split(b"\0")
-            if b"slurm_script" in words and f"SLURM_JOB_ID={job_id(run)}".encode() in environ:
+            if b"slurm_script" in words and (folder / "cwd").readlink() == run.directory:
                 return int(folder.name)
     raise AssertionError("no script runs")
 
