@@ -77,12 +77,12 @@ class Side:
     Attributes:
         name: as the table has it.
         flags: settings of ours.
-        trl: whether TRL trains, with the same settings.
+        trl: words for `trl_ppo.py` where TRL trains, with the same settings; None: ours does.
     """
 
     name: str
     flags: dict[str, Any] = field(default_factory=dict)
-    trl: bool = False
+    trl: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,8 @@ class Workload:
     second: Side
 
 
-OURS, TRL = Side("hlrlhf"), Side("TRL", trl=True)
+OURS, TRL = Side("hlrlhf"), Side("TRL", trl=())
+UNCOLLECTED = Side("TRL without gc.collect", trl=("--without-collections",))
 # 500 of 32,000 words end an answer: after 55 on average, of at most 128.
 EARLY = Side("ended early", {"actor.model_path": "early"})
 ALONE = Side("adapters alone", {"lora.dim": 64, "only_optimize_lora": True})
@@ -105,7 +106,7 @@ WORKLOADS = {
     "llama-512-2x4": Workload("llama-512", 2, 4, OURS, TRL),
     "bloom-250k-2x4": Workload("bloom-250k", 2, 4, OURS, TRL),
     "llama-512-4x1": Workload("llama-512", 4, 1, OURS, TRL),
-    "llama-64-4x1": Workload("llama-64", 4, 1, OURS, TRL),
+    "llama-64-4x1": Workload("llama-64", 4, 1, OURS, UNCOLLECTED),
     "llama-512-early": Workload("llama-512", 2, 4, EARLY, OURS),
     "llama-512-adapters": Workload("llama-512", 2, 4, ALONE, OURS),
     "llama-64-zero3": Workload(
@@ -179,14 +180,16 @@ def given(workload: Workload, side: Side, folder: Path, tag: str, steps: int) ->
     return [f"{name}={value}" for name, value in values.items()]
 
 
-def train(flags: list[str], folder: Path, trl: bool) -> list[dict[str, Any]]:
+def train(side: Side, flags: list[str], folder: Path) -> list[dict[str, Any]]:
     """The records of a run's steps but the first."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("HL_")}
-    if trl:
+    # Runs have names that are taken once: not those of an earlier measurement.
+    environ["XDG_STATE_HOME"] = str(folder.parent)
+    if side.trl is not None:
         folder.mkdir(parents=True)
         resolved = layers.resolve(flags=flags)
         Run(folder).settings_file.write_text(layers.dump(resolved), encoding="utf-8")
-        words = [sys.executable, ROOT / "benchmarks" / "trl_ppo.py", folder]
+        words = [sys.executable, ROOT / "benchmarks" / "trl_ppo.py", folder, *side.trl]
         environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
         file = folder / "trl.jsonl"
     else:
@@ -208,7 +211,7 @@ def measure(name: str, folder: Path, steps: int, pairs: int) -> dict[str, Any]:
         for number, side in enumerate(sides):
             tag = f"{name}-{number}-{pair}"
             flags = given(workload, side, folder, tag, steps + 1)
-            steps_of[number] += train(flags, folder / "runs" / tag, side.trl)
+            steps_of[number] += train(side, flags, folder / "runs" / tag)
     return {"workload": name, "sides": [told(*both) for both in zip(sides, steps_of, strict=True)]}
 
 

@@ -1,18 +1,20 @@
 """TRL's PPO trainer on the models, prompts and settings of an hlrlhf run.
 
-    python benchmarks/trl_ppo.py RUN_DIRECTORY
+    python benchmarks/trl_ppo.py RUN_DIRECTORY [--without-collections]
 
 Everything that both trainers have comes from the run's ``settings.yaml``; what TRL has besides is
 set as its documentation does. Each step's mean score and KL divergence, its seconds and the peak of
 memory go to ``trl.jsonl`` in the run directory, under the names that ``metrics.jsonl`` has for
-them. OMP_NUM_THREADS says how many threads compute.
+them. OMP_NUM_THREADS says how many threads compute. TRL's loop calls ``gc.collect`` several times a
+step, which small models feel most: --without-collections lets it do nothing.
 """
 
 from __future__ import annotations
 
+import argparse
+import gc
 import json
 import resource
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -149,4 +151,10 @@ def train(run: Path) -> None:
 
 
 if __name__ == "__main__":
-    train(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--without-collections", action="store_true")
+    asked = parser.parse_args()
+    if asked.without_collections:
+        gc.collect = lambda *_: 0  # type: ignore[assignment]
+    train(asked.run)
