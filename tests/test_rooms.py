@@ -28,7 +28,9 @@ MAY_KNOW = {
     "trainer.models": {"settings", "trainer.formulas", "trainer.device", "trainer.pieces"},
     "trainer.flops": {"trainer.models"},
     "trainer.lengths": {"settings", "trainer.data", "trainer.models"},
-    "trainer.decoding": {"settings", "trainer.models", "trainer.data", "trainer.device"},
+    "trainer.decoding": {
+        *("settings", "trainer.models", "trainer.data", "trainer.device", "trainer.ranks")
+    },
 }
 LOW = {"settings", "runs", "trainer.formulas", "trainer.device", "trainer.ranks"}
 MAY_KNOW["trainer.ppo"] = LOW | {
@@ -37,7 +39,9 @@ MAY_KNOW["trainer.ppo"] = LOW | {
 MAY_KNOW["trainer.saving"] = LOW | {
     *("trainer.models", "trainer.records", "trainer.pieces", "trainer.state")
 }
-MAY_KNOW["trainer.state"] = {"trainer.formulas", "trainer.models", "trainer.ppo"}
+MAY_KNOW["trainer.state"] = {
+    *("trainer.formulas", "trainer.models", "trainer.decoding", "trainer.ppo")
+}
 MAY_KNOW["trainer.measures"] = LOW | {"trainer.models", "trainer.ppo", "trainer.flops"}
 MAY_KNOW["trainer.metrics"] = LOW | {"trainer.models", "trainer.records"}
 

@@ -96,7 +96,7 @@ def train(
     )
     guard = Guard(settings, attempt, device)
     evaluation = Evaluation(prompts.held_out, decoder, settings, device)
-    state = State(models, rewards, kl, mix, guard, evaluation)
+    state = State(models, rewards, kl, mix, guard, decoder, evaluation)
     if found is not None:
         checkpoints.restore(state, found)
     ranks.meet(device)
@@ -155,15 +155,13 @@ def train(
         rates = measures.learning_rates(models)
         batch = prompts.batch(state.step, settings.gbs)[rank :: settings.world_size]
         # 2. Sample answers, the first ones in sight of a witness: they must be the policy's own.
-        witness = agreement.witness()
         asked = [prompts.ids[i] for i in batch]
         try:
             with device.undrawn_on_error():
-                rollout = rollouts.generate(decoder, models.actor, asked, witness)
+                rollout = agreement.rollout(decoder, models.actor, asked)
         except rollouts.Abandoned:  # after a warning: the step has not begun
             alive()
             break
-        agreement.check(witness, models.actor, rollout)
         clock.lap("generate_seconds")
         # 3. Score them: log-probs, values, rewards, advantages.
         experience = experiences.score(rollout, models, rewards, settings, kl.coefficient)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from hlrlhf.trainer.decoding.choice import Chosen
 from hlrlhf.trainer.formulas import KlController
 from hlrlhf.trainer.models.optimizing import Optimizing
 from hlrlhf.trainer.models.roles import Models
@@ -38,6 +39,7 @@ class State:
         kl: its coefficient does, if it is adaptive.
         mix: its place in the texts does; None without texts.
         guard: what it has counted.
+        decoder: which one has been fallen back to.
         evaluation: the reference's answers.
         step: steps done.
     """
@@ -47,6 +49,7 @@ class State:
     kl: KlController
     mix: Mix | None
     guard: Guard
+    decoder: Chosen
     evaluation: Evaluation
     step: int = 0
 
@@ -73,6 +76,7 @@ class State:
             "kl": self.kl,
             "mix": self.mix,
             "guard": self.guard,
+            "decoder": self.decoder,
             "evaluation": self.evaluation,
             "random": self.models.device,
         }

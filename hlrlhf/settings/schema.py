@@ -303,6 +303,13 @@ class Generation(Group):
         description="Sample among the k likeliest tokens; 0 is off. Log-probs are those of the "
         "whole policy.",
     )
+    decoder: Literal["cached", "generate"] = Field(
+        "cached",
+        description="What samples: a loop of our own, whose cache is not copied at each token and "
+        "which goes on without the answers that have ended; or transformers' generate. Our own is "
+        "left for generate, with a warning, where it does not fit the model, and is not used on "
+        "Gaudi or with the hybrid engine.",
+    )
 
 
 class Ppo(Group):

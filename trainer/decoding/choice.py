@@ -1,18 +1,98 @@
-"""Which decoder a run samples with."""
+"""Which decoder a run samples with, and what it falls back to."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from hlrlhf.settings import Settings
-from hlrlhf.trainer.decoding.decoder import Decoder, sampling
+from hlrlhf.trainer.decoding.cached import Cached
+from hlrlhf.trainer.decoding.decoder import Decoded, Decoder, Sampling, Witness, sampling
 from hlrlhf.trainer.decoding.hybrid import Hybrid
 from hlrlhf.trainer.decoding.plain import Plain
 from hlrlhf.trainer.device import Device
 from hlrlhf.trainer.models import tokenizers
-from hlrlhf.trainer.models.forwards import Policy
+from hlrlhf.trainer.models.forwards import Placed, Policy
+from hlrlhf.trainer.ranks import agreed
+
+
+class Chosen:
+    """A `Decoder`: a fast one for as long as it holds, then a plain one.
+
+    What a fast one may not fit is the architecture, and that shows at once: it fails at its first
+    batch, or samples from other log-probs than those that score (see `ppo.agreement`). A run that
+    is resumed goes on with the decoder that it had.
+
+    Args:
+        decoders: from the fastest to the plainest.
+    """
+
+    def __init__(self, *decoders: Decoder):
+        self._decoders = decoders
+        self._place = 0
+        self._tried = False
+
+    @property
+    def sampling(self) -> Sampling:
+        """See `Decoder`."""
+        return self._decoders[self._place].sampling
+
+    @property
+    def device(self) -> Device:
+        """See `Decoder`."""
+        return self._decoders[self._place].device
+
+    @property
+    def warned(self) -> Callable[[], bool]:
+        """See `Decoder`."""
+        return self._decoders[self._place].warned
+
+    def __call__(
+        self, policy: Placed, prompts: Sequence[list[int]], witness: Witness | None = None
+    ) -> Decoded:
+        """Sample one answer to each prompt; all ranks have to call it."""
+        is_last = self._place == len(self._decoders) - 1
+        if self._tried or is_last:
+            return self._decoders[self._place](policy, prompts, witness)
+        failure = None
+        try:
+            with self.device.undrawn_on_error():
+                decoded = self._decoders[self._place](policy, prompts, witness)
+        except Exception as error:  # whatever an architecture that does not fit runs into
+            failure = error
+        if agreed(failure is not None, self.device):
+            self.fall_back(f"{failure!r}" if failure else "it fails on another rank")
+            return self(policy, prompts, witness)
+        self._tried = True
+        return decoded
+
+    def fall_back(self, reason: str) -> bool:
+        """Sample with the next plainer decoder from now on; all ranks have to call it.
+
+        Returns:
+            False where there is none.
+        """
+        if self._place == len(self._decoders) - 1:
+            return False
+        if dist.get_rank() == 0:
+            print(
+                f"warning: answers are sampled with transformers' generate, which is slower: "
+                f"generation.decoder = cached cannot be used here: {reason}",
+                flush=True,
+            )
+        self._place, self._tried = self._place + 1, False
+        return True
+
+    def state(self) -> dict[str, Any]:
+        """Which decoder it has come to."""
+        return {"place": self._place}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on with the decoder of a state, or with as plain a one as there is."""
+        self._place = min(state.get("place", 0), len(self._decoders) - 1)
 
 
 def decoder(
@@ -21,7 +101,7 @@ def decoder(
     tokenizer: PreTrainedTokenizerBase,
     device: Device,
     warned: Callable[[], bool],
-) -> Decoder:
+) -> Chosen:
     """What samples a run's answers.
 
     Args:
@@ -33,4 +113,10 @@ def decoder(
     end_tokens = tokenizers.end_tokens(policy, tokenizer)
     padding = end_tokens[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     how = sampling(settings, tokenizer, end_tokens, padding, device)
-    return (Hybrid if settings.hybrid_engine else Plain)(how, device, warned)
+    kinds: list[type[Cached | Plain]] = [Plain]
+    if settings.hybrid_engine:
+        kinds = [Hybrid]
+    elif settings.generation.decoder == "cached" and device.pad_to == 1:
+        # Elsewhere the shapes of a batch that shrinks would each be compiled.
+        kinds = [Cached, Plain]
+    return Chosen(*(kind(how, device, warned) for kind in kinds))

@@ -46,11 +46,14 @@ class Decoded:
         prompt_mask: [b, l], 1 on prompt tokens.
         ends: [b], position in the answer of the token that completed a stop string, -1 for none;
             None where there are no stop strings.
+        logprobs: [b, r], of the tokens under the whole policy, in fp32; after an answer's end they
+            are not read. None where they were not written down.
     """
 
     sequences: Tensor
     prompt_mask: Tensor
     ends: Tensor | None
+    logprobs: Tensor | None = None
 
 
 class Decoder(Protocol):

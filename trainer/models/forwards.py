@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any, NamedTuple, Protocol
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from hlrlhf.trainer import formulas
 
@@ -88,7 +89,7 @@ class Policy(nn.Module):
         if self.logprob_chunk:
             hidden = plain.base_model(**inputs).last_hidden_state[:, -kept:-1]
             return self._logprobs_in_chunks(hidden, answers, temperature)
-        if "logits_to_keep" in inspect.signature(plain.forward).parameters:
+        if "logits_to_keep" in _arguments(type(plain)):
             logits = self.lm(**inputs, logits_to_keep=kept).logits
         elif plain.config.model_type == "bloom":  # Gaudi's transformers has no such argument there
             hidden = plain.transformer(**inputs).last_hidden_state
@@ -115,6 +116,31 @@ class Policy(nn.Module):
         return torch.cat(
             [checkpoint(logprobs, *chunk, use_reentrant=False) for chunk in chunks], dim=1
         )
+
+    def next_logits(self, tokens: Tensor, attention_mask: Tensor, cache: Cache) -> Tensor:
+        """Logits of the token that follows.
+
+        Args:
+            tokens: [b, n], the last n of t.
+            attention_mask: [b, t].
+            cache: of the first t - n tokens; takes in the others.
+
+        Returns:
+            [b, v].
+        """
+        width = tokens.shape[1]
+        positions = _positions(self.lm, attention_mask)
+        inputs = {
+            "input_ids": tokens,
+            "attention_mask": attention_mask,
+            "past_key_values": cache,
+            "use_cache": True,
+            **{name: ids[:, -width:] for name, ids in positions.items()},
+        }
+        if "logits_to_keep" in _arguments(type(unwrapped(self.lm))):
+            inputs["logits_to_keep"] = 1
+        logits: Tensor = self.lm(**inputs).logits
+        return logits[:, -1]
 
     def generate(self, **arguments: Any) -> Tensor:
         """The language model's own ``generate``."""
@@ -217,7 +243,13 @@ def _positions(model: PreTrainedModel, attention_mask: Tensor) -> dict[str, Tens
 
     Padding has the first: after a row as long as the model can read, there is no next one.
     """
-    if "position_ids" not in inspect.signature(unwrapped(model).forward).parameters:
+    if "position_ids" not in _arguments(type(unwrapped(model))):
         return {}
     counted = attention_mask.long()
     return {"position_ids": (counted.cumsum(-1) - counted) * counted}
+
+
+@functools.cache
+def _arguments(kind: type[nn.Module]) -> frozenset[str]:
+    """What the forward of a kind of model takes; to look takes longer than a small layer."""
+    return frozenset(inspect.signature(kind.forward).parameters)

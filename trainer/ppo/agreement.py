@@ -6,13 +6,17 @@ weights, graphs. PPO takes the two for one policy and is wrong, without a word, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
 from hlrlhf.settings import Settings
+from hlrlhf.trainer.decoding.choice import Chosen
 from hlrlhf.trainer.device import Device
 from hlrlhf.trainer.errors import TrainerError
+from hlrlhf.trainer.ppo import rollout as rollouts
 from hlrlhf.trainer.ppo.rollout import Rollout
 from hlrlhf.trainer.ranks import summed
 
@@ -56,17 +60,33 @@ class Agreement:
         self._device = device
         self._left = 2 if settings.hybrid_engine else 1
 
-    def witness(self) -> Witness | None:
-        """Of the next rollout; None when enough have been checked."""
-        if self._left == 0:
-            return None
-        self._left -= 1
-        return Witness(self._settings)
+    def rollout(
+        self, decoder: Chosen, actor: DeepSpeedEngine, prompts: Sequence[list[int]]
+    ) -> Rollout:
+        """A rollout by the fastest decoder that agrees; all ranks have to call it.
 
-    def check(self, witness: Witness | None, actor: DeepSpeedEngine, rollout: Rollout) -> None:
-        """See the function; nothing to check without a witness."""
-        if witness is not None:
-            check(witness, actor, rollout, self._settings, self._device)
+        Args:
+            decoder: what samples.
+            actor: the engine around the policy.
+            prompts: token ids, this rank's.
+
+        Raises:
+            Abandoned: see `rollout.generate`.
+            TrainerError: see `check`, and no plainer decoder is left.
+        """
+        if self._left == 0:
+            return rollouts.generate(decoder, actor, prompts)
+        while True:
+            witness = Witness(self._settings)
+            rollout = rollouts.generate(decoder, actor, prompts, witness)
+            try:
+                check(witness, actor, rollout, self._settings, self._device)
+            except TrainerError as error:
+                if not decoder.fall_back(str(error)):
+                    raise
+            else:
+                self._left -= 1
+                return rollout
 
 
 @torch.no_grad()
