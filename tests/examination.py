@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from updates import made
 
 from hlrlhf.trainer import flops
+from hlrlhf.trainer.decoding.cached import Cached
 from hlrlhf.trainer.decoding.decoder import sampling
 from hlrlhf.trainer.decoding.plain import Plain
 from hlrlhf.trainer.errors import TrainerError
@@ -181,6 +182,7 @@ def check_policy(folder: Path) -> None:
         torch.testing.assert_close(together[i], last(row), **TOLERANCE)
         check_all_tell(lambda tokens: last(tokens)[-1], row)
     check_rollout(policy)
+    check_cached(policy)
 
 
 @torch.no_grad()
@@ -237,6 +239,23 @@ def check_rollout(policy: forwards.Policy) -> None:
     seen = found.answer_mask
     assert int(seen.sum()) > len(ROWS)
     torch.testing.assert_close(logprobs[seen], expected[seen], **TOLERANCE)
+
+
+@torch.no_grad()
+def check_cached(policy: forwards.Policy) -> None:
+    """Our own loop writes down the log-probs that scoring finds."""
+    settings = tiny.settings("generation.max_new_tokens=12", "generation.temperature=0.7")
+    cpu = tiny.cpu(settings)
+    torch.manual_seed(0)
+    ends = list(range(2, 9))
+    decoder = Cached(sampling(settings, None, ends, tiny.PAD, cpu), cpu)
+    decoded = decoder(tiny.Engine(policy), [row[:-1] for row in ROWS] * 3)
+    found = rollout.from_sequences(decoded.sequences, decoded.prompt_mask, decoder.sampling.config)
+    policy.eval()
+    logprobs = policy(found.sequences, found.attention_mask, found.answer_width, 0.7)
+    seen = found.answer_mask
+    assert decoded.logprobs is not None
+    torch.testing.assert_close(logprobs[seen], decoded.logprobs[seen], **TOLERANCE)
 
 
 @torch.no_grad()

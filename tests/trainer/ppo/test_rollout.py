@@ -19,6 +19,7 @@ from ranks import together
 from tiny import EOS, PAD, one_rank  # noqa: F401
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from hlrlhf.trainer.decoding.cached import Cached
 from hlrlhf.trainer.decoding.decoder import sampling
 from hlrlhf.trainer.decoding.plain import Plain
 from hlrlhf.trainer.models import engine, forwards, loading, lora
@@ -27,6 +28,7 @@ from hlrlhf.trainer.ppo import rollout
 pytestmark = pytest.mark.usefixtures("one_rank")
 
 PROMPTS = [[1, 5, 6, 7, 8, 9], [1, 30], [1, 11, 12]]
+BY_ANY = pytest.mark.parametrize("kind", [Plain, Cached])
 
 
 def ended_at(
@@ -180,12 +182,13 @@ def sample(
     seed: int = 0,
     tokenizer: Any = None,
     static_cache: bool = False,
+    kind: Any = Plain,
 ) -> rollout.Rollout:
     settings = tiny.settings("generation.max_new_tokens=2", *flags)
     device = tiny.cpu(settings)
     device.static_cache = static_cache
     torch.manual_seed(seed)
-    decoder = Plain(sampling(settings, tokenizer, [EOS], padding, device), device)
+    decoder = kind(sampling(settings, tokenizer, [EOS], padding, device), device)
     return rollout.generate(decoder, tiny.Engine(policy), prompts)
 
 
@@ -225,8 +228,9 @@ ROWS = 1500
 
 @pytest.mark.knob("generation.temperature")
 @pytest.mark.parametrize(("with_lora", "temperature"), [(False, 1.0), (False, 2.0), (True, 1.0)])
+@BY_ANY
 def test_answers_are_samples_of_the_policy_whatever_the_checkpoint_asks_for(
-    stubborn: Path, with_lora: bool, temperature: float
+    stubborn: Path, with_lora: bool, temperature: float, kind: Any
 ) -> None:
     policy = loading.load_policy(str(stubborn), "fp32", 0.0)
     if with_lora:
@@ -234,7 +238,7 @@ def test_answers_are_samples_of_the_policy_whatever_the_checkpoint_asks_for(
     # A longer neighbour pads them all: that must not show.
     prompts = [PROMPTS[1]] * ROWS + [PROMPTS[0]]
 
-    found = sample(policy, prompts, f"generation.temperature={temperature}")
+    found = sample(policy, prompts, f"generation.temperature={temperature}", kind=kind)
 
     logits = plain_logits(stubborn, PROMPTS[1])
     tokens = first_tokens(found)[:-1]
@@ -248,18 +252,27 @@ def test_answers_are_samples_of_the_policy_whatever_the_checkpoint_asks_for(
 
 
 @pytest.mark.knob("generation.top_k", "generation.top_p")
-def test_top_k_and_top_p_are_the_settings_own(stubborn: Path) -> None:
+@BY_ANY
+def test_top_k_and_top_p_are_the_settings_own(stubborn: Path, kind: Any) -> None:
     policy = loading.load_policy(str(stubborn), "fp32", 0.0)
     probabilities = (plain_logits(stubborn, PROMPTS[1]) / 3).softmax(-1)
     ranked = probabilities.argsort(descending=True).tolist()
 
     tokens = first_tokens(
-        sample(policy, [PROMPTS[1]] * 500, "generation.temperature=3", "generation.top_k=3")
+        sample(
+            policy, [PROMPTS[1]] * 500, "generation.temperature=3", "generation.top_k=3", kind=kind
+        )
     )
     assert set(tokens.tolist()) == set(ranked[:3])
 
     tokens = first_tokens(
-        sample(policy, [PROMPTS[1]] * 500, "generation.temperature=3", "generation.top_p=0.5")
+        sample(
+            policy,
+            [PROMPTS[1]] * 500,
+            "generation.temperature=3",
+            "generation.top_p=0.5",
+            kind=kind,
+        )
     )
     nucleus = int((probabilities[ranked].cumsum(0) < 0.5).sum()) + 1
     assert set(tokens.tolist()) == set(ranked[:nucleus])
@@ -274,8 +287,13 @@ def speaker(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.knob("generation.stop")
-@pytest.mark.parametrize(("with_lora", "static_cache"), [(False, True), (True, False)])
-def test_stop_strings_end_answers(speaker: Path, with_lora: bool, static_cache: bool) -> None:
+@pytest.mark.parametrize(
+    ("kind", "with_lora", "static_cache"),
+    [(Plain, False, True), (Plain, True, False), (Cached, True, False)],
+)
+def test_stop_strings_end_answers(
+    speaker: Path, kind: Any, with_lora: bool, static_cache: bool
+) -> None:
     tokenizer = tiny.tokenizer()
     policy = loading.load_policy(str(speaker), "fp32", 0.0)
     if with_lora:
@@ -283,9 +301,8 @@ def test_stop_strings_end_answers(speaker: Path, with_lora: bool, static_cache: 
     stop = ["an", "e", "\n", "ss", "."]
     flags = (f"generation.stop={json.dumps(stop)}", "generation.max_new_tokens=12")
 
-    found = sample(
-        policy, PROMPTS * 25, *flags, tokenizer=tokenizer, padding=EOS, static_cache=static_cache
-    )
+    how = {"tokenizer": tokenizer, "kind": kind}
+    found = sample(policy, PROMPTS * 25, *flags, padding=EOS, static_cache=static_cache, **how)
 
     by_string = 0
     for tokens, ended in zip(answers_of(found), found.ended.tolist(), strict=True):
@@ -296,19 +313,22 @@ def test_stop_strings_end_answers(speaker: Path, with_lora: bool, static_cache: 
         assert ended == (string or tokens[-1] == EOS)
         assert ended or len(tokens) == 12
     assert by_string > 20
-    without = sample(policy, PROMPTS * 25, flags[1], tokenizer=tokenizer)
+    without = sample(policy, PROMPTS * 25, flags[1], **how)
     assert without.lengths.float().mean() > found.lengths.float().mean() + 2
 
 
 @pytest.mark.knob("generation.max_new_tokens", "generation.min_new_tokens")
-def test_answers_are_as_long_as_they_may_and_must_be(speaker: Path) -> None:
+@BY_ANY
+def test_answers_are_as_long_as_they_may_and_must_be(speaker: Path, kind: Any) -> None:
     tokenizer = tiny.tokenizer()
     policy = loading.load_policy(str(speaker), "fp32", 0.0)
     stop = f"generation.stop={json.dumps([chr(i) for i in range(97, 123)])}"
     flags = (stop, "generation.max_new_tokens=9")
 
-    free = sample(policy, PROMPTS * 99, *flags, tokenizer=tokenizer)
-    held = sample(policy, PROMPTS * 99, *flags, "generation.min_new_tokens=5", tokenizer=tokenizer)
+    free = sample(policy, PROMPTS * 99, *flags, tokenizer=tokenizer, kind=kind)
+    held = sample(
+        policy, PROMPTS * 99, *flags, "generation.min_new_tokens=5", tokenizer=tokenizer, kind=kind
+    )
 
     assert (int(free.lengths.min()), int(free.lengths.max())) == (1, 9)
     assert (int(held.lengths.min()), int(held.lengths.max())) == (5, 9)
@@ -316,12 +336,13 @@ def test_answers_are_as_long_as_they_may_and_must_be(speaker: Path) -> None:
     assert [bool((tokens == EOS).any()) for tokens in early] == [True, False]
 
 
-def test_more_than_fifty_tokens_can_be_sampled(tmp_path: Path) -> None:
+@BY_ANY
+def test_more_than_fifty_tokens_can_be_sampled(tmp_path: Path, kind: Any) -> None:
     """Fifty is transformers' own top_k where nobody sets one."""
     folder = tiny.save_policy(tmp_path, "llama", vocabulary=200, initializer_range=0.01)
     policy = loading.load_policy(str(folder), "fp32", 0.0)
 
-    tokens = first_tokens(sample(policy, [PROMPTS[1]] * 2000))
+    tokens = first_tokens(sample(policy, [PROMPTS[1]] * 2000, kind=kind))
 
     assert len(set(tokens.tolist())) > 150
 
@@ -335,11 +356,12 @@ def test_the_policy_gets_its_own_generation_configuration_back(stubborn: Path) -
     assert policy.generation_config.do_sample is False
 
 
-def test_dropout_is_off_while_the_policy_samples(stubborn: Path) -> None:
+@BY_ANY
+def test_dropout_is_off_while_the_policy_samples(stubborn: Path, kind: Any) -> None:
     policy = loading.load_policy(str(stubborn), "fp32", 0.9)
     policy.train()
 
-    found = sample(policy, [PROMPTS[1]] * ROWS)
+    found = sample(policy, [PROMPTS[1]] * ROWS, kind=kind)
 
     logits = plain_logits(stubborn, PROMPTS[1])
     assert far_from(first_tokens(found), logits.softmax(-1)) < FAR
@@ -348,21 +370,23 @@ def test_dropout_is_off_while_the_policy_samples(stubborn: Path) -> None:
 # 3. Padding.
 
 
-def test_padding_that_is_a_token_like_any_other_does_not_show(stubborn: Path) -> None:
+@BY_ANY
+def test_padding_that_is_a_token_like_any_other_does_not_show(stubborn: Path, kind: Any) -> None:
     """Padded with the end token, and with that token in the prompt itself."""
     policy = loading.load_policy(str(stubborn), "fp32", 0.0)
     prompt = [1, EOS, 30]
 
-    found = sample(policy, [prompt] * ROWS + [PROMPTS[0]], padding=EOS)
+    found = sample(policy, [prompt] * ROWS + [PROMPTS[0]], padding=EOS, kind=kind)
 
     probabilities = plain_logits(stubborn, prompt).softmax(-1)
     assert far_from(first_tokens(found)[:-1], probabilities) < FAR
 
 
-def test_a_rollout_of_prompts_of_many_lengths(stubborn: Path) -> None:
+@BY_ANY
+def test_a_rollout_of_prompts_of_many_lengths(stubborn: Path, kind: Any) -> None:
     policy = loading.load_policy(str(stubborn), "fp32", 0.0)
 
-    found = sample(policy, PROMPTS, "generation.max_new_tokens=9")
+    found = sample(policy, PROMPTS, "generation.max_new_tokens=9", kind=kind)
 
     width = found.sequences.shape[1] - found.answer_width
     assert width == 6
@@ -373,11 +397,12 @@ def test_a_rollout_of_prompts_of_many_lengths(stubborn: Path) -> None:
     assert found.lengths.min() >= 1
 
 
-def test_padded_rows_have_the_log_probs_of_unpadded_ones(stubborn: Path) -> None:
+@BY_ANY
+def test_padded_rows_have_the_log_probs_of_unpadded_ones(stubborn: Path, kind: Any) -> None:
     """Tolerance 1e-4 nats: fp32 sums in another order."""
     policy = loading.load_policy(str(stubborn), "fp32", 0.0).eval()
     plain = AutoModelForCausalLM.from_pretrained(stubborn).eval()
-    found = sample(policy, PROMPTS, "generation.max_new_tokens=9", seed=3)
+    found = sample(policy, PROMPTS, "generation.max_new_tokens=9", seed=3, kind=kind)
 
     with torch.no_grad():
         together = policy(found.sequences, found.attention_mask, found.answer_width, 0.7)
@@ -394,7 +419,10 @@ def test_padded_rows_have_the_log_probs_of_unpadded_ones(stubborn: Path) -> None
 
 
 @pytest.mark.parametrize("stop", ["generation.stop=[]", "generation.stop=['xyz']"])
-def test_a_warning_ends_all_answers_and_nothing_is_made_of_them(speaker: Path, stop: str) -> None:
+@BY_ANY
+def test_a_warning_ends_all_answers_and_nothing_is_made_of_them(
+    speaker: Path, stop: str, kind: Any
+) -> None:
     policy = loading.load_policy(str(speaker), "fp32", 0.0)
     settings = tiny.settings("generation.max_new_tokens=9", "generation.min_new_tokens=9", stop)
     device = tiny.cpu(settings)
@@ -402,12 +430,12 @@ def test_a_warning_ends_all_answers_and_nothing_is_made_of_them(speaker: Path, s
     for heard, tokens in ((3, 3), (9, 9), (10, 9)):
         # Asked once for each token.
         asked = itertools.count(1)
-        decoder = Plain(how, device, lambda asked=asked, heard=heard: next(asked) >= heard)
+        decoder = kind(how, device, lambda asked=asked, heard=heard: next(asked) >= heard)
         decoded = decoder(tiny.Engine(policy), PROMPTS)
         assert decoded.sequences.shape[1] - decoded.prompt_mask.shape[1] == tokens
     asked = itertools.count(1)
     with pytest.raises(rollout.Abandoned):
-        rollout.generate(Plain(how, device, lambda: next(asked) >= 3), tiny.Engine(policy), PROMPTS)
+        rollout.generate(kind(how, device, lambda: next(asked) >= 3), tiny.Engine(policy), PROMPTS)
     assert next(asked) == 5, "by three tokens and by the ranks"
 
 

@@ -1,0 +1,236 @@
+"""Our own loop over tokens: what generate gives, with less work, or generate itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from ranks import together
+from tiny import PAD, one_rank  # noqa: F401
+from torch import Tensor
+
+from hlrlhf.trainer.decoding import cached, choice
+from hlrlhf.trainer.decoding.cached import Cached
+from hlrlhf.trainer.decoding.decoder import Sampling, sampling
+from hlrlhf.trainer.decoding.hybrid import Hybrid
+from hlrlhf.trainer.decoding.plain import Plain
+from hlrlhf.trainer.errors import TrainerError
+from hlrlhf.trainer.models import loading
+from hlrlhf.trainer.ppo import rollout
+from hlrlhf.trainer.ppo.agreement import Agreement
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+PROMPTS = [[1, 5, 6, 7, 8, 9], [1, 30], [1, 11, 12], [1, 4], [9]] * 3
+# Of 48 words: most answers of twelve tokens end before.
+ENDS = [2, 3, 4, 5, 6, 7, 8, 9]
+# Log-probs in nats; fp32 sums in another order.
+TOLERANCE = {"rtol": 0, "atol": 1e-4}
+
+
+def how(*flags: str) -> tuple[Sampling, Any]:
+    settings = tiny.settings("generation.max_new_tokens=12", *flags)
+    device = tiny.cpu(settings)
+    return sampling(settings, None, ENDS, PAD, device), device
+
+
+def policy_of(folder: Path, architecture: str = "llama") -> Any:
+    return loading.load_policy(str(tiny.save_policy(folder, architecture)), "fp32", 0.0)
+
+
+# Positions that rotate, that are in the mask, that are embedded; windows shorter than the texts.
+@pytest.mark.parametrize("architecture", ["llama", "bloom", "gpt2", "opt", "mistral", "gemma2"])
+def test_the_likeliest_answers_are_those_of_generate(tmp_path: Path, architecture: str) -> None:
+    policy = policy_of(tmp_path, architecture)
+    made = [
+        rollout.generate(kind(*how("generation.top_k=1")), tiny.Engine(policy), PROMPTS)
+        for kind in (Cached, Plain)
+    ]
+
+    assert made[0].sequences.equal(made[1].sequences)
+    assert len(set(made[0].lengths.tolist())) > 1, "some end before others"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["generation.temperature=0.7"],
+        ["generation.top_k=5", "generation.top_p=0.9"],
+        ["generation.min_new_tokens=6"],
+    ],
+)
+@pytest.mark.parametrize("architecture", ["llama", "bloom"])
+def test_log_probs_are_written_down_of_the_whole_policy(
+    tmp_path: Path, architecture: str, flags: list[str]
+) -> None:
+    policy = policy_of(tmp_path, architecture)
+    asked, device = how(*flags)
+    torch.manual_seed(1)
+
+    decoded = Cached(asked, device)(tiny.Engine(policy), PROMPTS)
+
+    made = rollout.from_sequences(decoded.sequences, decoded.prompt_mask, asked.config)
+    width, seen = made.answer_width, made.answer_mask
+    with torch.no_grad():
+        scored = policy.eval()(made.sequences, made.attention_mask, width, asked.config.temperature)
+    assert len(set(made.lengths.tolist())) > 1
+    torch.testing.assert_close(decoded.logprobs[seen], scored[seen], **TOLERANCE)
+
+
+def test_an_answer_that_has_ended_is_not_computed_any_more(tmp_path: Path) -> None:
+    policy = policy_of(tmp_path)
+    rows: list[int] = []
+    policy.lm.lm_head.register_forward_hook(lambda head, given, made: rows.append(len(made)))
+    torch.manual_seed(1)
+
+    made = rollout.generate(Cached(*how()), tiny.Engine(policy), PROMPTS)
+
+    lengths = made.lengths
+    assert rows == [int((lengths > written).sum()) for written in range(int(lengths.max()))]
+    assert rows[-1] < rows[0] == len(PROMPTS)
+
+
+def test_a_witness_sees_every_row_at_its_place(tmp_path: Path) -> None:
+    policy = policy_of(tmp_path)
+    seen: list[Tensor] = []
+    torch.manual_seed(1)
+
+    made = rollout.generate(Cached(*how()), tiny.Engine(policy), PROMPTS, seen.append)
+
+    logits = torch.stack(seen, 1).log_softmax(-1)
+    answers = made.sequences[:, -made.answer_width :]
+    shown = logits.gather(-1, answers.unsqueeze(-1)).squeeze(-1)
+    with torch.no_grad():
+        scored = policy.eval()(made.sequences, made.attention_mask, made.answer_width, 1.0)
+    torch.testing.assert_close(shown[made.answer_mask], scored[made.answer_mask], **TOLERANCE)
+
+
+# Where it does not fit.
+
+
+class Broken(cached.Kept):
+    """A cache that an architecture cannot use."""
+
+    def __init__(self, *sizes: int):
+        raise NotImplementedError("no such cache")
+
+
+class Misread(cached.Kept):
+    """A cache that an architecture reads wrongly: the tokens before the last as they began."""
+
+    def update(self, keys: Tensor, values: Tensor, *place: Any, **more: Any) -> Any:
+        keys, values = super().update(keys, values, *place, **more)
+        return keys.flip(2), values
+
+
+def chosen(*flags: str) -> choice.Chosen:
+    return choice.Chosen(Cached(*how(*flags)), Plain(*how(*flags)))
+
+
+def test_what_it_cannot_sample_generate_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = tiny.Engine(policy_of(tmp_path))
+    torch.manual_seed(1)
+    plain = rollout.generate(Plain(*how()), policy, PROMPTS)
+    monkeypatch.setattr(cached, "Kept", Broken)
+    torch.manual_seed(1)
+    decoder = chosen()
+
+    made = rollout.generate(decoder, policy, PROMPTS)
+
+    assert made.sequences.equal(plain.sequences), "from the same random numbers"
+    told = capsys.readouterr().out
+    assert told.count("warning: answers are sampled with transformers' generate") == 1
+    assert "no such cache" in told
+    assert not decoder.fall_back("nothing is plainer")
+
+
+def test_a_later_failure_is_not_taken_for_an_architecture_that_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, decoder = tiny.Engine(policy_of(tmp_path)), chosen()
+    rollout.generate(decoder, policy, PROMPTS)
+    monkeypatch.setattr(cached, "Kept", Broken)
+
+    with pytest.raises(NotImplementedError):
+        rollout.generate(decoder, policy, PROMPTS)
+
+
+@pytest.mark.parametrize("kind", [Cached, Hybrid])
+def test_what_disagrees_with_scoring_is_left_or_stops_the_run(
+    tmp_path: Path,
+    kind: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    policy = tiny.Engine(policy_of(tmp_path))
+    monkeypatch.setattr(cached, "Kept", Misread)
+    flags = ["gbs=2"]
+    settings = tiny.settings(*flags)
+    agreement = Agreement(settings, tiny.cpu(settings))
+    if kind is Hybrid:
+        # Nothing is plainer than what the user has asked for.
+        wrong = tiny.Kernels(policy, tiny.shifted)
+        with pytest.raises(TrainerError, match="apart by"):
+            agreement.rollout(choice.Chosen(Hybrid(*how(*flags))), wrong, PROMPTS)
+        return
+
+    made = agreement.rollout(chosen(*flags), policy, PROMPTS)
+
+    told = capsys.readouterr().out
+    assert "generate, which is slower" in told
+    assert "apart by" in told
+    assert len(made.sequences) == len(PROMPTS)
+
+
+def test_a_resumed_run_goes_on_with_the_decoder_that_it_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = tiny.Engine(policy_of(tmp_path))
+    fallen, resumed, other = chosen(), chosen(), chosen()
+    fallen.fall_back("it was told to")
+    resumed.restore(fallen.state())
+    other.restore(chosen().state())
+    capsys.readouterr()
+    monkeypatch.setattr(cached, "Kept", Broken)
+
+    rollout.generate(resumed, policy, PROMPTS)
+    assert capsys.readouterr().out == "", "it was not tried again"
+    rollout.generate(other, policy, PROMPTS)
+    assert "no such cache" in capsys.readouterr().out
+
+
+def sampled_by(folder: Path, kind: str) -> list[str]:
+    settings = tiny.settings(f"generation.decoder={kind}")
+    policy = loading.load_policy(str(folder), "fp32", 0.0)
+    decoder = choice.decoder(settings, policy, tiny.tokenizer(), tiny.cpu(settings), lambda: False)
+    return [type(one).__name__ for one in decoder._decoders]
+
+
+@pytest.mark.knob("generation.decoder")
+def test_the_settings_name_the_decoder(tmp_path: Path) -> None:
+    tiny.save_policy(tmp_path, "llama")
+
+    assert sampled_by(tmp_path, "cached") == ["Cached", "Plain"]
+    assert sampled_by(tmp_path, "generate") == ["Plain"]
+
+
+def with_a_broken_one(folder: Path) -> tuple[bool, int]:
+    """One of two ranks: whether it samples with generate after rank 1 alone could not."""
+    if torch.distributed.get_rank():
+        cached.Kept = Broken  # type: ignore[misc]
+    decoder = chosen("devices_per_node=2")
+    policy = loading.load_policy(str(folder), "fp32", 0.0)
+    made = rollout.generate(decoder, tiny.Engine(policy), PROMPTS)
+    return decoder.state()["place"] == 1, len(made.sequences)
+
+
+@pytest.mark.slow
+def test_all_ranks_leave_it_for_one(tmp_path: Path) -> None:
+    tiny.save_policy(tmp_path, "llama")
+
+    assert together(2, with_a_broken_one, tmp_path) == [(True, len(PROMPTS))] * 2
