@@ -8,16 +8,20 @@ import importlib.util
 import os
 import platform
 import resource
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from hlrlhf.settings import Settings
 from hlrlhf.trainer import randomness
 from hlrlhf.trainer.errors import DeviceError, TrainerError
 from hlrlhf.trainer.pieces import Piece, Readable
+
+# A product of rows with weights.
+Product = Callable[[Tensor], Tensor]
 
 
 class Device:
@@ -102,6 +106,13 @@ class Device:
         """
         yield {}
 
+    def packed(self, weight: Tensor, bias: Tensor | None, rows: int) -> Product | None:
+        """A layer's product from a copy of its weights [out, in] that suits a few rows.
+
+        None where there is no such copy. It is without gradient.
+        """
+        return None
+
     def adamw(
         self, groups: list[dict[str, Any]], *, on_host: bool, **options: Any
     ) -> torch.optim.Optimizer:
@@ -133,6 +144,14 @@ class Cpu(Device):
                 "slower than fp32; consider HL_DTYPE=fp32",
                 flush=True,
             )
+
+    def packed(self, weight: Tensor, bias: Tensor | None, rows: int) -> Product | None:
+        # In blocks, as oneDNN's kernels read them; what torch's inductor does with frozen weights.
+        if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+            return None
+        blocks = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+        product = torch.ops.mkldnn._linear_pointwise
+        return lambda read: product(read, blocks, bias, "none", [], "")
 
 
 class Cuda(Device):

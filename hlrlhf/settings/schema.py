@@ -310,6 +310,12 @@ class Generation(Group):
         "left for generate, with a warning, where it does not fit the model, and is not used on "
         "Gaudi or with the hybrid engine.",
     )
+    pack_weights: bool = Field(
+        True,
+        description="Let our own loop sample from copies of the large weights that processors read "
+        "faster, where that is measured at the first rollout; in fp32, on processors. They take up "
+        "as much memory as the weights, while answers are sampled.",
+    )
 
 
 class Ppo(Group):

@@ -21,20 +21,20 @@ class Layer(DynamicLayer):  # type: ignore[misc]
     def __init__(self, capacity: int):
         super().__init__()
         self._capacity = capacity
-        self._memory: tuple[Tensor, Tensor] | None = None
+        self._memory: list[Tensor] = []
+        self._length = 0
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *arguments: Any, **more: Any
     ) -> tuple[Tensor, Tensor]:
         """Take in the next tokens' keys and values [b, heads, n, width]; all so far come back."""
         new = key_states, value_states
-        if self._memory is None:
-            self._memory = tuple(
+        if not self._memory:
+            self._memory = [
                 states.new_empty(*states.shape[:2], self._capacity, states.shape[3])
                 for states in new
-            )
+            ]
             self.dtype, self.device = key_states.dtype, key_states.device
-            self._length = 0
             self.is_initialized = True
         begin, rows = self._length, len(key_states)
         self._length += key_states.shape[2]
@@ -45,7 +45,7 @@ class Layer(DynamicLayer):  # type: ignore[misc]
 
     def move(self, sources: Tensor, targets: Tensor) -> None:
         """Let rows take the places of others."""
-        for memory in self._memory or ():
+        for memory in self._memory:
             written = memory[:, :, : self._length]
             written[targets] = written[sources]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from hlrlhf.trainer.decoding.cache import Kept
 from hlrlhf.trainer.decoding.decoder import Decoded, Sampling, Witness
 from hlrlhf.trainer.decoding.draw import Draw
 from hlrlhf.trainer.decoding.stopping import StopStrings
+from hlrlhf.trainer.decoding.weights import Prepared
 from hlrlhf.trainer.device import Device
 from hlrlhf.trainer.models import forwards
 from hlrlhf.trainer.models.engine import gathered
@@ -26,14 +28,20 @@ class Cached:
 
     Args:
         warned: see `decoder.Decoder`.
+        may_pack: see `weights.Prepared`.
     """
 
     def __init__(
-        self, sampling: Sampling, device: Device, warned: Callable[[], bool] = lambda: False
+        self,
+        sampling: Sampling,
+        device: Device,
+        warned: Callable[[], bool] = lambda: False,
+        may_pack: bool = True,
     ):
         self.sampling = sampling
         self.device = device
         self.warned = warned
+        self._weights = Prepared(device, may_pack)
 
     @torch.no_grad()
     def __call__(
@@ -44,11 +52,19 @@ class Cached:
         ids, mask = ids.to(self.device.torch), mask.to(self.device.torch)
         policy.eval()
         try:
-            with gathered(policy):
+            with gathered(policy), self._weights.of(policy.module.lm, len(prompts)):
                 return self._sampled(policy, ids, mask, witness)
         finally:
             policy.train()
             self.device.step_done()
+
+    def state(self) -> dict[str, Any]:
+        """Which weights are packed."""
+        return self._weights.state()
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Pack the same ones."""
+        self._weights.restore(state)
 
     def _sampled(
         self, policy: Placed, ids: Tensor, prompt_mask: Tensor, witness: Witness | None

@@ -87,12 +87,13 @@ class Chosen:
         return True
 
     def state(self) -> dict[str, Any]:
-        """Which decoder it has come to."""
-        return {"place": self._place}
+        """Which decoder it has come to, and what that has found out."""
+        return {"place": self._place, "decoder": self._decoders[self._place].state()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on with the decoder of a state, or with as plain a one as there is."""
         self._place = min(state.get("place", 0), len(self._decoders) - 1)
+        self._decoders[self._place].restore(state.get("decoder", {}))
 
 
 def decoder(
@@ -113,10 +114,10 @@ def decoder(
     end_tokens = tokenizers.end_tokens(policy, tokenizer)
     padding = end_tokens[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     how = sampling(settings, tokenizer, end_tokens, padding, device)
-    kinds: list[type[Cached | Plain]] = [Plain]
     if settings.hybrid_engine:
-        kinds = [Hybrid]
-    elif settings.generation.decoder == "cached" and device.pad_to == 1:
-        # Elsewhere the shapes of a batch that shrinks would each be compiled.
-        kinds = [Cached, Plain]
-    return Chosen(*(kind(how, device, warned) for kind in kinds))
+        return Chosen(Hybrid(how, device, warned))
+    plain = Plain(how, device, warned)
+    # Where each shape is compiled, a batch that shrinks would be slower than one that does not.
+    if settings.generation.decoder == "generate" or device.pad_to > 1:
+        return Chosen(plain)
+    return Chosen(Cached(how, device, warned, settings.generation.pack_weights), plain)

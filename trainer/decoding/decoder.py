@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -84,6 +84,12 @@ class Decoder(Protocol):
             prompts: token ids, this rank's.
             witness: sees what tokens are sampled from.
         """
+
+    def state(self) -> dict[str, Any]:
+        """What it has found out, and samples by from then on."""
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state."""
 
 
 def sampling(

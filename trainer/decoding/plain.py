@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,6 +68,13 @@ class Plain:
         self.device.step_done()
         ends = torch.tensor(stops.ends, device=self.device.torch) if stops else None
         return Decoded(sequences, mask, ends)
+
+    def state(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Nothing to go on from."""
 
 
 class _Shown(LogitsProcessor):  # type: ignore[misc]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -89,7 +90,7 @@ class Policy(nn.Module):
         if self.logprob_chunk:
             hidden = plain.base_model(**inputs).last_hidden_state[:, -kept:-1]
             return self._logprobs_in_chunks(hidden, answers, temperature)
-        if "logits_to_keep" in _arguments(type(plain)):
+        if "logits_to_keep" in _arguments(plain):
             logits = self.lm(**inputs, logits_to_keep=kept).logits
         elif plain.config.model_type == "bloom":  # Gaudi's transformers has no such argument there
             hidden = plain.transformer(**inputs).last_hidden_state
@@ -137,7 +138,7 @@ class Policy(nn.Module):
             "use_cache": True,
             **{name: ids[:, -width:] for name, ids in positions.items()},
         }
-        if "logits_to_keep" in _arguments(type(unwrapped(self.lm))):
+        if "logits_to_keep" in _arguments(unwrapped(self.lm)):
             inputs["logits_to_keep"] = 1
         logits: Tensor = self.lm(**inputs).logits
         return logits[:, -1]
@@ -243,13 +244,17 @@ def _positions(model: PreTrainedModel, attention_mask: Tensor) -> dict[str, Tens
 
     Padding has the first: after a row as long as the model can read, there is no next one.
     """
-    if "position_ids" not in _arguments(type(unwrapped(model))):
+    if "position_ids" not in _arguments(unwrapped(model)):
         return {}
     counted = attention_mask.long()
     return {"position_ids": (counted.cumsum(-1) - counted) * counted}
 
 
-@functools.cache
-def _arguments(kind: type[nn.Module]) -> frozenset[str]:
-    """What the forward of a kind of model takes; to look takes longer than a small layer."""
-    return frozenset(inspect.signature(kind.forward).parameters)
+def _arguments(model: PreTrainedModel) -> frozenset[str]:
+    """What the forward of a model takes."""
+    return _arguments_of(type(model).forward)
+
+
+@functools.cache  # to look takes longer than a small layer
+def _arguments_of(forward: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
