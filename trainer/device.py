@@ -33,11 +33,16 @@ class Device:
         pad_to: widths of token batches are rounded up to a multiple of this; devices that compile
             for each new shape ask for few of them.
         static_cache: whether the key-value cache must have one shape for the whole generation.
+        has_fp64: whether it computes in fp64.
+        loop: which of our own loops over tokens suits it: ``shrinking``, where a batch that loses
+            rows is faster; ``fixed``, where one that keeps its shape is; or ``none``.
     """
 
     backend = "gloo"
     pad_to = 1
     static_cache = False
+    has_fp64 = True
+    loop = "fixed"
 
     def __init__(self, settings: Settings, local_rank: int):
         self.torch = torch.device("cpu")
@@ -106,6 +111,13 @@ class Device:
         """
         yield {}
 
+    def captured(self, step: Callable[[], None]) -> Callable[[], None]:
+        """A step that reads and writes the same memory each time, to be taken again and again.
+
+        It asks for nothing that the device alone knows.
+        """
+        return step
+
     def packed(self, weight: Tensor, bias: Tensor | None, rows: int) -> Product | None:
         """A layer's product from a copy of its weights [out, in] that suits a few rows.
 
@@ -132,6 +144,8 @@ class Device:
 
 class Cpu(Device):
     """Processors, with gloo between the ranks."""
+
+    loop = "shrinking"
 
     def __init__(self, settings: Settings, local_rank: int):
         super().__init__(settings, local_rank)
@@ -172,6 +186,27 @@ class Cuda(Device):
         torch.cuda.set_device(self.torch)
         self._random = self._sources(cuda=torch.cuda)
 
+    def captured(self, step: Callable[[], None]) -> Callable[[], None]:
+        """As a CUDA graph: a kernel is not launched from here any more, one after the other."""
+        graph: torch.cuda.CUDAGraph | None = None
+        is_warm = False
+
+        def take() -> None:
+            nonlocal graph, is_warm
+            if not is_warm:
+                # Libraries make room for themselves at a first call, which a graph cannot hold.
+                step()
+                is_warm = True
+                return
+            if graph is None:
+                captured = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(captured):  # nothing is computed yet
+                    step()
+                graph = captured
+            graph.replay()
+
+        return take
+
     def synchronize(self) -> None:
         torch.cuda.synchronize()
 
@@ -189,6 +224,7 @@ class Hpu(Device):
     backend = "hccl"
     # Each new shape compiles a recipe: a few widths, one cache shape.
     pad_to = 128
+    has_fp64 = False
 
     def __init__(self, settings: Settings, local_rank: int):
         if importlib.util.find_spec("habana_frameworks") is None:
@@ -217,6 +253,7 @@ class Hpu(Device):
         self._optimum = _adapt_transformers()
         # Optimum's generate keeps shapes static in a way of its own.
         self.static_cache = not self._optimum
+        self.loop = "none" if self._optimum else "fixed"
         # The module id of a rank is its LOCAL_RANK, and torch's index is always 0 in a process.
         self.torch = torch.device("hpu")
 

@@ -303,12 +303,13 @@ class Generation(Group):
         description="Sample among the k likeliest tokens; 0 is off. Log-probs are those of the "
         "whole policy.",
     )
-    decoder: Literal["cached", "generate"] = Field(
-        "cached",
-        description="What samples: a loop of our own, whose cache is not copied at each token and "
-        "which goes on without the answers that have ended; or transformers' generate. Our own is "
-        "left for generate, with a warning, where it does not fit the model, and is not used on "
-        "Gaudi or with the hybrid engine.",
+    decoder: Literal["own", "generate"] = Field(
+        "own",
+        description="What samples: a loop of our own, whose cache is not copied at each token, "
+        "which on processors goes on without the answers that have ended and elsewhere is captured "
+        "as a graph; or transformers' generate. Our own is left for generate, with a warning, "
+        "where it does not fit the model, and is not used with the hybrid engine or with Optimum "
+        "for Gaudi.",
     )
     pack_weights: bool = Field(
         True,

@@ -205,10 +205,11 @@ def test_lazy_mode_with_graphs_end_to_end(demo_models: Path, tmp_path: Path) -> 
     assert count["hccl rank 0 of 1"] >= 1
     assert count["FusedAdamW lr=0.001 betas=(0.9, 0.95) eps=0.01"] == 2
     assert count["synchronize"] == 6, "three clocked parts of two steps"
-    # Per step: after the rollout, then two micro batches each for the reference, for actor and
-    # critic, for the reward model, and for the update of each trained one. And one to check the
-    # first rollout with.
-    assert count["mark_step"] == 2 * (1 + 2 + 2 + 2 + 2 * 2) + 1
+    # Per step: after each token and the rollout, then two micro batches each for the reference, for
+    # actor and critic, for the reward model, and for the update of each trained one. And one to
+    # check the first rollout with.
+    tokens = count["graph forward"]
+    assert count["mark_step"] == tokens + 2 * (1 + 2 + 2 + 2 + 2 * 2) + 1
     assert run.metrics[0]["peak_memory_bytes"] == 3 << 30
     # One graph per rollout; what comes between its making and its end is generation only.
     parts = [call for call in calls if call.startswith(("wrap", "clear", "mark", "graph"))]
@@ -219,8 +220,8 @@ def test_lazy_mode_with_graphs_end_to_end(demo_models: Path, tmp_path: Path) -> 
             inside = True
         elif call == "clear_cache":
             inside = False
-        else:
-            assert inside is (call == "graph forward")
+        elif call == "graph forward":
+            assert inside
     assert count["wrap_in_hpu_graph LlamaForCausalLM"] == count["clear_cache"] == 2
     assert count["graph forward"] > 2 * 10, "every token of a rollout"
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 
-class Layer(DynamicLayer):  # type: ignore[misc]
+class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     """Of one layer: transformers' growing cache, without a copy of all that it holds at each token.
 
     What a model gets are views of the memory, of as many tokens and rows as there are, so it needs
@@ -50,8 +50,8 @@ class Layer(DynamicLayer):  # type: ignore[misc]
             written[targets] = written[sources]
 
 
-class Kept(Cache):  # type: ignore[misc]
-    """Of all layers.
+class Growing(Cache):  # type: ignore[misc]
+    """Of all layers, views of what there is so far.
 
     Args:
         layers: how many the model has.
@@ -59,9 +59,71 @@ class Kept(Cache):  # type: ignore[misc]
     """
 
     def __init__(self, layers: int, capacity: int):
-        super().__init__(layers=[Layer(capacity) for _ in range(layers)])
+        super().__init__(layers=[GrowingLayer(capacity) for _ in range(layers)])
 
     def move(self, sources: Tensor, targets: Tensor) -> None:
         """Let rows take the places of others."""
         for layer in self.layers:
             layer.move(sources, targets)
+
+
+class FixedLayer(DynamicLayer):  # type: ignore[misc]
+    """Of one layer, whose shape does not change, as transformers' static one; whole with a window.
+
+    After the prompts a token is written at `column`, a number that the device alone knows. What a
+    model gets are `columns` columns: the mask leaves out those to come.
+    """
+
+    def __init__(self, capacity: int, column: Tensor):
+        super().__init__()
+        self._capacity = capacity
+        self._column = column
+        self._memory: list[Tensor] = []
+        self.columns = 0
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *arguments: Any, **more: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Take in the prompts', then one token's keys and values [b, heads, n, width]."""
+        new = key_states, value_states
+        if not self._memory:
+            self._memory = [
+                states.new_zeros(*states.shape[:2], self._capacity, states.shape[3])
+                for states in new
+            ]
+            self.dtype, self.device = key_states.dtype, key_states.device
+            self.is_initialized = True
+            for memory, states in zip(self._memory, new, strict=True):
+                memory[:, :, : states.shape[2]] = states
+            return new
+        seen = [memory[:, :, : self.columns] for memory in self._memory]
+        for memory, states in zip(seen, new, strict=True):
+            memory.index_copy_(2, self._column, states)
+        self.keys, self.values = seen
+        return self.keys, self.values
+
+    def get_seq_length(self, *_: Any) -> Any:
+        """Tokens so far, which the device alone knows after the prompts."""
+        return self._column if self.columns else 0
+
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        """Columns that the mask is of, and the first of them."""
+        return self.columns or int(query_length), 0
+
+
+class Fixed(Cache):  # type: ignore[misc]
+    """Of all layers, in one shape.
+
+    Args:
+        layers: how many the model has.
+        capacity: tokens that there is room for.
+        column: [1], where the token stands that is read, after the prompts.
+    """
+
+    def __init__(self, layers: int, capacity: int, column: Tensor):
+        super().__init__(layers=[FixedLayer(capacity, column) for _ in range(layers)])
+
+    def show(self, columns: int) -> None:
+        """Let models see so many columns from now on."""
+        for layer in self.layers:
+            layer.columns = columns

@@ -9,10 +9,11 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from hlrlhf.settings import Settings
-from hlrlhf.trainer.decoding.cached import Cached
 from hlrlhf.trainer.decoding.decoder import Decoded, Decoder, Sampling, Witness, sampling
+from hlrlhf.trainer.decoding.fixed import Fixed
 from hlrlhf.trainer.decoding.hybrid import Hybrid
 from hlrlhf.trainer.decoding.plain import Plain
+from hlrlhf.trainer.decoding.shrinking import Shrinking
 from hlrlhf.trainer.device import Device
 from hlrlhf.trainer.models import tokenizers
 from hlrlhf.trainer.models.forwards import Placed, Policy
@@ -80,7 +81,7 @@ class Chosen:
         if dist.get_rank() == 0:
             print(
                 f"warning: answers are sampled with transformers' generate, which is slower: "
-                f"generation.decoder = cached cannot be used here: {reason}",
+                f"generation.decoder = own cannot be used here: {reason}",
                 flush=True,
             )
         self._place, self._tried = self._place + 1, False
@@ -117,7 +118,8 @@ def decoder(
     if settings.hybrid_engine:
         return Chosen(Hybrid(how, device, warned))
     plain = Plain(how, device, warned)
-    # Where each shape is compiled, a batch that shrinks would be slower than one that does not.
-    if settings.generation.decoder == "generate" or device.pad_to > 1:
+    if settings.generation.decoder == "generate" or device.loop == "none":
         return Chosen(plain)
-    return Chosen(Cached(how, device, warned, settings.generation.pack_weights), plain)
+    if device.loop == "fixed":
+        return Chosen(Fixed(how, device, warned), plain)
+    return Chosen(Shrinking(how, device, warned, settings.generation.pack_weights), plain)

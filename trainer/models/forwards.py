@@ -118,25 +118,34 @@ class Policy(nn.Module):
             [checkpoint(logprobs, *chunk, use_reentrant=False) for chunk in chunks], dim=1
         )
 
-    def next_logits(self, tokens: Tensor, attention_mask: Tensor, cache: Cache) -> Tensor:
+    def next_logits(
+        self,
+        tokens: Tensor,
+        attention_mask: Tensor,
+        cache: Cache,
+        columns: Tensor | None = None,
+    ) -> Tensor:
         """Logits of the token that follows.
 
         Args:
-            tokens: [b, n], the last n of t.
+            tokens: [b, n].
             attention_mask: [b, t].
-            cache: of the first t - n tokens; takes in the others.
+            cache: of the tokens before; takes in these.
+            columns: [n], where the tokens stand among t; None: they are the last.
 
         Returns:
             [b, v].
         """
-        width = tokens.shape[1]
         positions = _positions(self.lm, attention_mask)
+        for name, ids in positions.items():
+            shown = ids[:, -tokens.shape[1] :] if columns is None else ids[:, columns]
+            positions[name] = shown
         inputs = {
             "input_ids": tokens,
             "attention_mask": attention_mask,
             "past_key_values": cache,
             "use_cache": True,
-            **{name: ids[:, -width:] for name, ids in positions.items()},
+            **positions,
         }
         if "logits_to_keep" in _arguments(unwrapped(self.lm)):
             inputs["logits_to_keep"] = 1

@@ -37,7 +37,8 @@ class Witness:
     def __call__(self, logits: Tensor) -> None:
         """Take in the logits [b, v] of the next token, before temperature and truncation."""
         if len(self._logits) < TOKENS:
-            self._logits.append(logits[: self._rows].detach().cpu())
+            # Copied, wherever it is: the decoder may write the next ones into the same memory.
+            self._logits.append(logits[: self._rows].detach().to("cpu", copy=True))
 
     def logprobs(self, rollout: Rollout, temperature: float) -> Tensor:
         """Of the tokens that were sampled, [rows, tokens] in fp32 and on the CPU."""

@@ -14,8 +14,8 @@ from tiny import EOS, PAD, one_rank  # noqa: F401
 from torch import nn
 
 from hlrlhf.trainer.decoding import choice, weights
-from hlrlhf.trainer.decoding.cached import Cached
 from hlrlhf.trainer.decoding.decoder import sampling
+from hlrlhf.trainer.decoding.shrinking import Shrinking
 from hlrlhf.trainer.decoding.weights import Prepared
 from hlrlhf.trainer.models import loading, lora
 
@@ -179,7 +179,7 @@ def test_a_run_samples_with_what_its_decoder_has_found(wide: Path) -> None:
     settings = tiny.settings()
     device = tiny.cpu(settings)
     how = sampling(settings, None, [EOS], PAD, device)
-    first, second = Cached(how, device), Cached(how, device)
+    first, second = Shrinking(how, device), Shrinking(how, device)
     first(tiny.Engine(loading.load_policy(str(wide), "fp32", 0.0)), [[1, 5]])
 
     second.restore(first.state())

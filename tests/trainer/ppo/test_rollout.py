@@ -19,16 +19,17 @@ from ranks import together
 from tiny import EOS, PAD, one_rank  # noqa: F401
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from hlrlhf.trainer.decoding.cached import Cached
 from hlrlhf.trainer.decoding.decoder import sampling
+from hlrlhf.trainer.decoding.fixed import Fixed
 from hlrlhf.trainer.decoding.plain import Plain
+from hlrlhf.trainer.decoding.shrinking import Shrinking
 from hlrlhf.trainer.models import engine, forwards, loading, lora
 from hlrlhf.trainer.ppo import rollout
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
 PROMPTS = [[1, 5, 6, 7, 8, 9], [1, 30], [1, 11, 12]]
-BY_ANY = pytest.mark.parametrize("kind", [Plain, Cached])
+BY_ANY = pytest.mark.parametrize("kind", [Plain, Shrinking, Fixed])
 
 
 def ended_at(
@@ -289,7 +290,10 @@ def speaker(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.knob("generation.stop")
 @pytest.mark.parametrize(
     ("kind", "with_lora", "static_cache"),
-    [(Plain, False, True), (Plain, True, False), (Cached, True, False)],
+    [
+        *((Plain, False, True), (Plain, True, False)),
+        *((Shrinking, True, False), (Fixed, True, False)),
+    ],
 )
 def test_stop_strings_end_answers(
     speaker: Path, kind: Any, with_lora: bool, static_cache: bool

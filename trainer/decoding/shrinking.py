@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hlrlhf.trainer.data import reading
-from hlrlhf.trainer.decoding.cache import Kept
+from hlrlhf.trainer.decoding.cache import Growing
 from hlrlhf.trainer.decoding.decoder import Decoded, Sampling, Witness
 from hlrlhf.trainer.decoding.draw import Draw
 from hlrlhf.trainer.decoding.stopping import StopStrings
@@ -20,7 +20,7 @@ from hlrlhf.trainer.models.engine import gathered
 from hlrlhf.trainer.models.forwards import Placed
 
 
-class Cached:
+class Shrinking:
     """A `Decoder`: the whole batch at once; an answer that has ended leaves it.
 
     The cache of keys and values is not copied at each token, drawing needs no random number for
@@ -82,9 +82,9 @@ class Cached:
             shortest = config.min_new_tokens or 0
             tokenizer = self.sampling.tokenizer
             stops = StopStrings(self.sampling.stop, tokenizer, prompt_width, shortest)
-        draw = Draw(self.sampling)
+        draw = Draw(self.sampling, self.device)
         model = forwards.unwrapped(policy.module.lm)
-        cache = Kept(model.config.get_text_config().num_hidden_layers, width)
+        cache = Growing(model.config.get_text_config().num_hidden_layers, width)
 
         # Of the answers that have not ended: their row, their mask and the tokens to read next.
         rows = torch.arange(batch, device=ids.device)
@@ -98,7 +98,7 @@ class Cached:
                 shown = logits.new_zeros(batch, logits.shape[-1])
                 shown[rows] = logits
                 witness(shown)
-            drawn, logprobs[rows, written] = draw(logits, written)
+            drawn, logprobs[rows, written] = draw(logits, torch.tensor(written))
             sequences[rows, end] = drawn
             if self.warned():
                 break

@@ -1,9 +1,12 @@
-"""Our own loop over tokens: what generate gives, with less work, or generate itself."""
+"""Our own loops over tokens: what generate gives, with less work, or generate itself."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import tiny
@@ -11,12 +14,17 @@ import torch
 from ranks import together
 from tiny import PAD, one_rank  # noqa: F401
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers.utils import import_utils
 
-from hlrlhf.trainer.decoding import cached, choice
-from hlrlhf.trainer.decoding.cached import Cached
+from hlrlhf.trainer.decoding import choice, fixed, shrinking
 from hlrlhf.trainer.decoding.decoder import Sampling, sampling
+from hlrlhf.trainer.decoding.draw import Draw
+from hlrlhf.trainer.decoding.fixed import Fixed
 from hlrlhf.trainer.decoding.hybrid import Hybrid
 from hlrlhf.trainer.decoding.plain import Plain
+from hlrlhf.trainer.decoding.shrinking import Shrinking
 from hlrlhf.trainer.errors import TrainerError
 from hlrlhf.trainer.models import loading
 from hlrlhf.trainer.ppo import rollout
@@ -29,6 +37,7 @@ PROMPTS = [[1, 5, 6, 7, 8, 9], [1, 30], [1, 11, 12], [1, 4], [9]] * 3
 ENDS = [2, 3, 4, 5, 6, 7, 8, 9]
 # Log-probs in nats; fp32 sums in another order.
 TOLERANCE = {"rtol": 0, "atol": 1e-4}
+OWN = pytest.mark.parametrize("loop", [Shrinking, Fixed])
 
 
 def how(*flags: str) -> tuple[Sampling, Any]:
@@ -43,11 +52,14 @@ def policy_of(folder: Path, architecture: str = "llama") -> Any:
 
 # Positions that rotate, that are in the mask, that are embedded; windows shorter than the texts.
 @pytest.mark.parametrize("architecture", ["llama", "bloom", "gpt2", "opt", "mistral", "gemma2"])
-def test_the_likeliest_answers_are_those_of_generate(tmp_path: Path, architecture: str) -> None:
+@OWN
+def test_the_likeliest_answers_are_those_of_generate(
+    tmp_path: Path, architecture: str, loop: Any
+) -> None:
     policy = policy_of(tmp_path, architecture)
     made = [
         rollout.generate(kind(*how("generation.top_k=1")), tiny.Engine(policy), PROMPTS)
-        for kind in (Cached, Plain)
+        for kind in (loop, Plain)
     ]
 
     assert made[0].sequences.equal(made[1].sequences)
@@ -63,17 +75,19 @@ def test_the_likeliest_answers_are_those_of_generate(tmp_path: Path, architectur
     ],
 )
 @pytest.mark.parametrize("architecture", ["llama", "bloom"])
+@OWN
 def test_log_probs_are_written_down_of_the_whole_policy(
-    tmp_path: Path, architecture: str, flags: list[str]
+    tmp_path: Path, architecture: str, flags: list[str], loop: Any
 ) -> None:
     policy = policy_of(tmp_path, architecture)
     asked, device = how(*flags)
     torch.manual_seed(1)
 
-    decoded = Cached(asked, device)(tiny.Engine(policy), PROMPTS)
+    decoded = loop(asked, device)(tiny.Engine(policy), PROMPTS)
 
     made = rollout.from_sequences(decoded.sequences, decoded.prompt_mask, asked.config)
     width, seen = made.answer_width, made.answer_mask
+    assert decoded.logprobs is not None
     with torch.no_grad():
         scored = policy.eval()(made.sequences, made.attention_mask, width, asked.config.temperature)
     assert len(set(made.lengths.tolist())) > 1
@@ -86,19 +100,22 @@ def test_an_answer_that_has_ended_is_not_computed_any_more(tmp_path: Path) -> No
     policy.lm.lm_head.register_forward_hook(lambda head, given, made: rows.append(len(made)))
     torch.manual_seed(1)
 
-    made = rollout.generate(Cached(*how()), tiny.Engine(policy), PROMPTS)
+    made = rollout.generate(Shrinking(*how()), tiny.Engine(policy), PROMPTS)
 
     lengths = made.lengths
     assert rows == [int((lengths > written).sum()) for written in range(int(lengths.max()))]
     assert rows[-1] < rows[0] == len(PROMPTS)
 
 
-def test_a_witness_sees_every_row_at_its_place(tmp_path: Path) -> None:
+@OWN
+def test_a_witness_sees_every_row_at_its_place(tmp_path: Path, loop: Any) -> None:
     policy = policy_of(tmp_path)
     seen: list[Tensor] = []
     torch.manual_seed(1)
 
-    made = rollout.generate(Cached(*how()), tiny.Engine(policy), PROMPTS, seen.append)
+    made = rollout.generate(
+        loop(*how()), tiny.Engine(policy), PROMPTS, lambda logits: seen.append(logits.clone())
+    )
 
     logits = torch.stack(seen, 1).log_softmax(-1)
     answers = made.sequences[:, -made.answer_width :]
@@ -108,17 +125,133 @@ def test_a_witness_sees_every_row_at_its_place(tmp_path: Path) -> None:
     torch.testing.assert_close(shown[made.answer_mask], scored[made.answer_mask], **TOLERANCE)
 
 
-# Where it does not fit.
+# Shapes that must not change.
 
 
-class Broken(cached.Kept):
+class Recorded(TorchDispatchMode):
+    """Stands in for a device that captures a step: what it computed once, it computes again.
+
+    Each result comes to stand in the memory where the first one stood, as in a CUDA graph. What a
+    graph cannot hold fails: a number of a tensor's that is asked for.
+    """
+
+    def __init__(self, step: Callable[[], None]):
+        super().__init__()
+        self._step = step
+        self._calls: list[Any] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, given: Any = (), named: Any = None) -> Any:
+        assert op.name() not in ("aten::_local_scalar_dense", "aten::nonzero")
+        made = op(*given, **(named or {}))
+        self._calls.append((op, given, named or {}, made))
+        return made
+
+    def __call__(self) -> None:
+        if not self._calls:
+            # As transformers sees it there, and asks no tensor for a number.
+            name = "is_cuda_stream_capturing"
+            with self, mock.patch.object(import_utils, name, return_value=True):
+                self._step()
+            return
+        for op, given, named, before in self._calls:
+            made = op(*given, **named)
+            for old, new in zip(tree_leaves(before), tree_leaves(made), strict=True):
+                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+@pytest.mark.parametrize(
+    "flags", [[], ["generation.top_k=5", "generation.top_p=0.9", "generation.min_new_tokens=6"]]
+)
+@pytest.mark.parametrize("architecture", ["llama", "bloom", "opt", "gemma2"])
+def test_a_step_can_be_captured_and_taken_again(
+    tmp_path: Path, architecture: str, flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fixed, "BUCKET", 8)
+    policy = policy_of(tmp_path, architecture)
+    asked, device = how("generation.temperature=0.7", *flags)
+    torch.manual_seed(1)
+    plain = Fixed(asked, device)(tiny.Engine(policy), PROMPTS)
+    device.captured = Recorded  # type: ignore[assignment,method-assign]
+    torch.manual_seed(1)
+
+    captured = Fixed(asked, device)(tiny.Engine(policy), PROMPTS)
+
+    assert captured.sequences.equal(plain.sequences)
+    torch.testing.assert_close(captured.logprobs, plain.logprobs, **TOLERANCE)
+
+
+def test_a_run_has_few_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fixed, "BUCKET", 8)
+    policy = policy_of(tmp_path)
+    asked, device = how("generation.max_new_tokens=40")
+    asked = dataclasses.replace(asked, multiple=8)
+    shapes = set()
+
+    def note(model: Any, given: Any, named: dict[str, Any]) -> None:
+        shapes.add((named["input_ids"].shape, named["attention_mask"].shape))
+
+    policy.lm.register_forward_pre_hook(note, with_kwargs=True)
+    loop = Fixed(asked, device)
+    for seed in range(8):
+        torch.manual_seed(seed)
+        rollout.generate(loop, tiny.Engine(policy), PROMPTS)
+
+    batch = len(PROMPTS)
+    prompts = {(torch.Size([batch, 8]), torch.Size([batch, 8]))}
+    tokens = {
+        (torch.Size([batch, 1]), torch.Size([batch, columns])) for columns in (16, 24, 32, 40, 48)
+    }
+    assert prompts < shapes <= prompts | tokens
+
+
+def test_it_ends_soon_after_the_last_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fixed, "LOOK", 4)
+    policy = policy_of(tmp_path)
+    read: list[int] = []
+    policy.lm.lm_head.register_forward_hook(lambda *_: read.append(1))
+    asked, device = how("generation.max_new_tokens=60")
+    asked.config.eos_token_id = list(range(2, 30))
+    torch.manual_seed(1)
+
+    made = rollout.generate(Fixed(asked, device), tiny.Engine(policy), PROMPTS)
+
+    longest = int(made.lengths.max())
+    assert longest < 50
+    assert len(read) == -(-longest // 4) * 4
+
+
+def test_by_a_race_samples_are_those_of_the_distribution() -> None:
+    """Where there is no fp64."""
+    asked, device = how()
+    device.has_fp64 = False
+    torch.manual_seed(0)
+    logits = torch.randn(1, 12) * 2
+    probabilities = logits[0].softmax(-1).double()
+
+    tokens, logprobs = Draw(asked, device)(logits.expand(20_000, -1), torch.tensor(0))
+
+    expected = probabilities * 20_000
+    deviation = (torch.bincount(tokens, minlength=12) - expected) / (
+        expected * (1 - probabilities)
+    ).sqrt()
+    assert deviation.abs().max() < 5, "in fewer than one case of 100,000"
+    torch.testing.assert_close(logprobs, logits[0].log_softmax(-1)[tokens], **TOLERANCE)
+
+
+# Where they do not fit.
+
+
+class Broken(shrinking.Growing):
     """A cache that an architecture cannot use."""
 
     def __init__(self, *sizes: int):
         raise NotImplementedError("no such cache")
 
 
-class Misread(cached.Kept):
+class Misread(shrinking.Growing):
     """A cache that an architecture reads wrongly: the tokens before the last as they began."""
 
     def update(self, keys: Tensor, values: Tensor, *place: Any, **more: Any) -> Any:
@@ -127,7 +260,7 @@ class Misread(cached.Kept):
 
 
 def chosen(*flags: str) -> choice.Chosen:
-    return choice.Chosen(Cached(*how(*flags)), Plain(*how(*flags)))
+    return choice.Chosen(Shrinking(*how(*flags)), Plain(*how(*flags)))
 
 
 def test_what_it_cannot_sample_generate_does(
@@ -136,7 +269,7 @@ def test_what_it_cannot_sample_generate_does(
     policy = tiny.Engine(policy_of(tmp_path))
     torch.manual_seed(1)
     plain = rollout.generate(Plain(*how()), policy, PROMPTS)
-    monkeypatch.setattr(cached, "Kept", Broken)
+    monkeypatch.setattr(shrinking, "Growing", Broken)
     torch.manual_seed(1)
     decoder = chosen()
 
@@ -154,13 +287,13 @@ def test_a_later_failure_is_not_taken_for_an_architecture_that_does_not_fit(
 ) -> None:
     policy, decoder = tiny.Engine(policy_of(tmp_path)), chosen()
     rollout.generate(decoder, policy, PROMPTS)
-    monkeypatch.setattr(cached, "Kept", Broken)
+    monkeypatch.setattr(shrinking, "Growing", Broken)
 
     with pytest.raises(NotImplementedError):
         rollout.generate(decoder, policy, PROMPTS)
 
 
-@pytest.mark.parametrize("kind", [Cached, Hybrid])
+@pytest.mark.parametrize("kind", [Shrinking, Hybrid])
 def test_what_disagrees_with_scoring_is_left_or_stops_the_run(
     tmp_path: Path,
     kind: Any,
@@ -168,7 +301,7 @@ def test_what_disagrees_with_scoring_is_left_or_stops_the_run(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     policy = tiny.Engine(policy_of(tmp_path))
-    monkeypatch.setattr(cached, "Kept", Misread)
+    monkeypatch.setattr(shrinking, "Growing", Misread)
     flags = ["gbs=2"]
     settings = tiny.settings(*flags)
     agreement = Agreement(settings, tiny.cpu(settings))
@@ -196,7 +329,7 @@ def test_a_resumed_run_goes_on_with_the_decoder_that_it_had(
     resumed.restore(fallen.state())
     other.restore(chosen().state())
     capsys.readouterr()
-    monkeypatch.setattr(cached, "Kept", Broken)
+    monkeypatch.setattr(shrinking, "Growing", Broken)
 
     rollout.generate(resumed, policy, PROMPTS)
     assert capsys.readouterr().out == "", "it was not tried again"
@@ -204,10 +337,12 @@ def test_a_resumed_run_goes_on_with_the_decoder_that_it_had(
     assert "no such cache" in capsys.readouterr().out
 
 
-def sampled_by(folder: Path, kind: str) -> list[str]:
+def sampled_by(folder: Path, kind: str, loop: str = "shrinking") -> list[str]:
     settings = tiny.settings(f"generation.decoder={kind}")
+    device = tiny.cpu(settings)
+    device.loop = loop
     policy = loading.load_policy(str(folder), "fp32", 0.0)
-    decoder = choice.decoder(settings, policy, tiny.tokenizer(), tiny.cpu(settings), lambda: False)
+    decoder = choice.decoder(settings, policy, tiny.tokenizer(), device, lambda: False)
     return [type(one).__name__ for one in decoder._decoders]
 
 
@@ -215,14 +350,16 @@ def sampled_by(folder: Path, kind: str) -> list[str]:
 def test_the_settings_name_the_decoder(tmp_path: Path) -> None:
     tiny.save_policy(tmp_path, "llama")
 
-    assert sampled_by(tmp_path, "cached") == ["Cached", "Plain"]
+    assert sampled_by(tmp_path, "own") == ["Shrinking", "Plain"]
+    assert sampled_by(tmp_path, "own", "fixed") == ["Fixed", "Plain"]
+    assert sampled_by(tmp_path, "own", "none") == ["Plain"]
     assert sampled_by(tmp_path, "generate") == ["Plain"]
 
 
 def with_a_broken_one(folder: Path) -> tuple[bool, int]:
     """One of two ranks: whether it samples with generate after rank 1 alone could not."""
     if torch.distributed.get_rank():
-        cached.Kept = Broken  # type: ignore[misc]
+        shrinking.Growing = Broken  # type: ignore[misc]
     decoder = chosen("devices_per_node=2")
     policy = loading.load_policy(str(folder), "fp32", 0.0)
     made = rollout.generate(decoder, tiny.Engine(policy), PROMPTS)

@@ -1,0 +1,168 @@
+"""Our own loop over tokens where shapes must not change: one step, again and again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hlrlhf.trainer.data import reading
+from hlrlhf.trainer.decoding import cache as caches
+from hlrlhf.trainer.decoding.decoder import Decoded, Sampling, Witness
+from hlrlhf.trainer.decoding.draw import Draw
+from hlrlhf.trainer.decoding.stopping import StopStrings
+from hlrlhf.trainer.decoding.weights import Prepared
+from hlrlhf.trainer.device import Device
+from hlrlhf.trainer.models import forwards
+from hlrlhf.trainer.models.engine import gathered
+from hlrlhf.trainer.models.forwards import Placed
+
+# Attention reads so many columns more at a time: each number of columns is a shape of its own.
+BUCKET = 128
+# Tokens between two looks at whether all answers have ended, for which the device is waited for.
+LOOK = 16
+
+
+class Fixed:
+    """A `Decoder`: the whole batch at once until its longest answer ends, on memory that stays.
+
+    A step asks for nothing that the device alone knows, so that the device can capture it. An
+    answer that has ended goes on meanwhile; what follows its end is not read.
+
+    Args:
+        warned: see `decoder.Decoder`.
+    """
+
+    def __init__(
+        self, sampling: Sampling, device: Device, warned: Callable[[], bool] = lambda: False
+    ):
+        self.sampling = sampling
+        self.device = device
+        self.warned = warned
+        self._weights = Prepared(device, may_pack=False)
+
+    @torch.no_grad()
+    def __call__(
+        self, policy: Placed, prompts: Sequence[list[int]], witness: Witness | None = None
+    ) -> Decoded:
+        config = self.sampling.config
+        ids, mask = reading.pad_left(prompts, config.pad_token_id, self.sampling.multiple)
+        ids, mask = ids.to(self.device.torch), mask.to(self.device.torch)
+        policy.eval()
+        plain = forwards.unwrapped(policy.module.lm)
+        try:
+            with (
+                gathered(policy),
+                self._weights.of(policy.module.lm, len(prompts)),
+                self.device.generating(plain),
+            ):
+                return self._sampled(policy, ids, mask, witness)
+        finally:
+            policy.train()
+            self.device.step_done()
+
+    def state(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Nothing to go on from."""
+
+    def _sampled(
+        self, policy: Placed, ids: Tensor, prompt_mask: Tensor, witness: Witness | None
+    ) -> Decoded:
+        """Answers to prompts [b, l] that are padded on the left."""
+        config = self.sampling.config
+        prompt_width = ids.shape[1]
+        stops = None
+        if self.sampling.stop:
+            shortest = config.min_new_tokens or 0
+            tokenizer = self.sampling.tokenizer
+            stops = StopStrings(self.sampling.stop, tokenizer, prompt_width, shortest)
+        answers = _Answers(policy, ids, prompt_mask, self.sampling, self.device)
+        steps: dict[int, Callable[[], None]] = {}
+        for written in range(1, config.max_new_tokens + 1):
+            end = prompt_width + written
+            if written == 1:
+                answers.draw()
+            else:
+                columns = min(answers.width, -(-end // BUCKET) * BUCKET)
+                if columns not in steps:
+                    steps[columns] = self.device.captured(answers.step(columns))
+                steps[columns]()
+            self.device.step_done()
+            if witness is not None:
+                witness(answers.logits)
+            if self.warned():
+                break
+            if stops is not None:
+                answers.ended.logical_or_(stops(answers.sequences[:, :end], None))
+            if (stops is not None or written % LOOK == 0) and bool(answers.ended.all()):
+                break
+        ends = torch.tensor(stops.ends, device=ids.device) if stops else None
+        end = min(end, prompt_width + 1 + int(answers.goes_on.sum()))
+        sequences, logprobs = answers.sequences[:, :end], answers.logprobs[:, prompt_width:end]
+        return Decoded(sequences, prompt_mask, ends, logprobs)
+
+
+class _Answers:
+    """The memory that a step reads and writes.
+
+    Attributes:
+        width: l + r.
+        sequences: [b, l + r], padded.
+        logprobs: [b, l + r], of the answers' tokens.
+        ended: [b].
+        goes_on: [l + r], whether there was an answer that did not end with this column's token.
+        logits: [b, v], what the last token was drawn from.
+    """
+
+    def __init__(
+        self, policy: Placed, ids: Tensor, prompt_mask: Tensor, sampling: Sampling, device: Device
+    ):
+        config = sampling.config
+        batch, self._prompt_width = ids.shape
+        self.width = self._prompt_width + config.max_new_tokens
+        more = (batch, config.max_new_tokens)
+        self._policy = policy
+        self._draw = Draw(sampling, device)
+        self._end_tokens = torch.tensor(config.eos_token_id, device=ids.device)
+        self.sequences = torch.cat([ids, ids.new_full(more, config.pad_token_id)], dim=1)
+        # Columns to come are not attended to.
+        self._mask = torch.cat([prompt_mask, prompt_mask.new_zeros(more)], dim=1)
+        self.logprobs = torch.zeros(batch, self.width, device=ids.device)
+        self.ended = torch.zeros(batch, dtype=torch.bool, device=ids.device)
+        self.goes_on = torch.zeros(self.width, dtype=torch.bool, device=ids.device)
+        # Of the token that is drawn, then read.
+        self._column = torch.full((1,), self._prompt_width, device=ids.device)
+        layers = forwards.unwrapped(policy.module.lm).config.get_text_config().num_hidden_layers
+        self._cache = caches.Fixed(layers, self.width, self._column)
+        first: Tensor = policy.module.next_logits(ids, prompt_mask, self._cache)
+        self.logits = first.float().clone()
+
+    def draw(self) -> None:
+        """The next token of each answer, from the logits."""
+        column = self._column
+        drawn, logprobs = self._draw(self.logits, column - self._prompt_width)
+        self.sequences.index_copy_(1, column, drawn[:, None])
+        self.logprobs.index_copy_(1, column, logprobs[:, None])
+        self._mask.index_fill_(1, column, 1)
+        self.ended.logical_or_((drawn[:, None] == self._end_tokens).any(-1))
+        self.goes_on.index_copy_(0, column, ~self.ended.all(0, keepdim=True))
+
+    def step(self, columns: int) -> Callable[[], None]:
+        """Reads the last token, in sight of so many columns, and draws the next one."""
+
+        def take() -> None:
+            self._cache.show(columns)
+            tokens = self.sequences.index_select(1, self._column)
+            seen = self._mask[:, :columns]
+            self.logits.copy_(
+                self._policy.module.next_logits(tokens, seen, self._cache, self._column)
+            )
+            self._column.add_(1)
+            self.draw()
+
+        return take
