@@ -97,15 +97,22 @@ def _shape(parameter: nn.Parameter) -> torch.Size:
 
 
 def of_step(
-    prompts: Tensor, answers: Tensor, actor: Cost, critic: Cost, reward: Cost | None, epochs: int
+    prompts: Tensor,
+    answers: Tensor,
+    actor: Cost,
+    critic: Cost,
+    reward: Cost | None,
+    epochs: int,
+    recorded: bool = False,
 ) -> Tensor:
-    """Operations of a rollout, its scoring by the four models, and the update.
+    """Operations of a rollout, its scoring by the models, and the update.
 
     Args:
         prompts, answers: [b], tokens of each row, at least one of either.
         actor, critic: trained.
         reward: frozen; None when no model gives the reward. The reference costs as the actor.
         epochs: of the update.
+        recorded: whether the actor's log-probs are, so that it does not score its answers.
 
     Returns:
         A scalar, float.
@@ -117,7 +124,8 @@ def of_step(
     # With a cache each token is read once, but for the last, which nothing follows.
     read = lengths - 1
     total = actor.forward(read.sum(), (read * (read + 1) / 2).sum(), logits)
-    for model in (actor, actor, critic, *([reward] if reward else [])):
+    policies = [actor] if recorded else [actor, actor]
+    for model in (*policies, critic, *([reward] if reward else [])):
         total = total + model.forward(tokens, pairs, logits)
     for model in (actor, critic):
         total = total + epochs * model.training(tokens, pairs, logits)

@@ -14,7 +14,7 @@ from hlrlhf.trainer import flops, formulas
 from hlrlhf.trainer.device import Device
 from hlrlhf.trainer.flops import Cost
 from hlrlhf.trainer.models.roles import Models
-from hlrlhf.trainer.ppo.experience import Experience, moments
+from hlrlhf.trainer.ppo.experience import Experience, moments, reused
 from hlrlhf.trainer.ppo.rollout import Rollout
 from hlrlhf.trainer.ranks import summed
 
@@ -90,7 +90,13 @@ class Pace:
         answers = rollout.lengths
         prompts = rollout.attention_mask.sum(-1) - answers
         operations = flops.of_step(
-            prompts, answers, self._actor, self._critic, self._reward, settings.ppo.epochs
+            prompts,
+            answers,
+            self._actor,
+            self._critic,
+            self._reward,
+            settings.ppo.epochs,
+            recorded=reused(rollout, settings) is not None,
         )
         counted = torch.stack([(prompts + answers).sum().to(operations), operations])
         tokens, operations = summed(counted).tolist()

@@ -40,6 +40,12 @@ _IDLE: tuple[tuple[tuple[str, ...], tuple[str, ...], Callable[[Settings], bool],
         "the KL coefficient stays: set ppo.kl_controller=adaptive",
     ),
     (
+        ("ppo.reuse_logprobs",),
+        ("ppo.epochs", "ppo.minibatches", "actor.dropout"),
+        lambda settings: settings.trains_on_policy,
+        "with several optimizer steps a rollout, or with dropout, log-probs have to be computed",
+    ),
+    (
         ("ema.decay",),
         ("ema.enabled",),
         lambda settings: settings.ema.enabled,

@@ -358,6 +358,11 @@ class Ppo(Group):
     whiten_advantages: bool = Field(
         True, description="Shift and scale advantages to mean 0 and variance 1 over the rollout."
     )
+    reuse_logprobs: bool = Field(
+        True,
+        description="Take the log-probs that a decoder recorded while it sampled, rather than run "
+        "the actor on its own answers again; with one epoch, one minibatch and `actor.dropout` 0.",
+    )
     logprob_chunk: Count = Field(
         0,
         description="Compute logits for this many answer tokens at a time, for less memory and "
@@ -734,6 +739,14 @@ class Settings(Group):
     def starts_at_reference(self) -> bool:
         """Whether actor and reference are read from one checkpoint."""
         return self.reference.model_path in (None, self.actor.model_path)
+
+    @property
+    def trains_on_policy(self) -> bool:
+        """Whether the actor learns from a rollout as the very policy that sampled it.
+
+        It does in one optimizer step without dropout: PPO's ratio is then 1.
+        """
+        return self.ppo.epochs * self.ppo.minibatches == 1 and self.actor.dropout == 0
 
     @property
     def gres_name(self) -> str | None:

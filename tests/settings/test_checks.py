@@ -101,6 +101,8 @@ def test_origins_are_told_for_a_preset() -> None:
         (["hpu.recipe_cache_size=9"], "set hpu.recipe_cache_path"),
         (["ppo.kl_target=3"], "set ppo.kl_controller=adaptive"),
         (["ppo.kl_horizon=3"], "set ppo.kl_controller=adaptive"),
+        (["ppo.reuse_logprobs=1", "ppo.epochs=2"], "log-probs have to be computed"),
+        (["ppo.reuse_logprobs=1", "actor.dropout=0.1"], "log-probs have to be computed"),
         (["ema.decay=0.9"], "set ema.enabled"),
         (["lora.alpha=2"], "set lora.dim"),
         (["lora.actor_lr=1e-3"], "set lora.dim"),

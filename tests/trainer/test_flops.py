@@ -97,6 +97,8 @@ def test_a_step_by_hand() -> None:
     policy = 2 * 100 * 7 + 1000 * 16 + 2 * 10 * 4
     score = 2 * 50 * 7 + 500 * 16
     assert float(found) == generation + 2 * policy + 2 * score + 2 * 3 * (policy + score)
+    costs = (prompts, answers, model, scorer, scorer)
+    assert float(found - flops.of_step(*costs, epochs=2, recorded=True)) == policy
 
 
 def test_without_a_reward_model_a_step_costs_less() -> None:

@@ -7,7 +7,6 @@ measured; tests/test_trainer.py has the same for whole runs on one and two ranks
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +50,12 @@ def padded_more(left: int, right: int) -> Any:
 
 def reordered(found: Experience) -> Experience:
     order = torch.tensor([2, 0, 3, 1])
-    return Experience(**{f.name: getattr(found, f.name)[order] for f in dataclasses.fields(found)})
+    return Experience(**{name: value[order] for name, value in found.tensors().items()})
 
 
 def with_rows_without_answer(found: Experience) -> Experience:
     """As many rows again, with prompts alone: all mask."""
-    values = {f.name: getattr(found, f.name) for f in dataclasses.fields(found)}
-    doubled = {name: torch.cat([value, value]) for name, value in values.items()}
+    doubled = {name: torch.cat([value, value]) for name, value in found.tensors().items()}
     doubled["answer_mask"][len(found.scores) :] = False
     return Experience(**doubled)
 

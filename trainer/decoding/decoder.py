@@ -46,8 +46,8 @@ class Decoded:
         prompt_mask: [b, l], 1 on prompt tokens.
         ends: [b], position in the answer of the token that completed a stop string, -1 for none;
             None where there are no stop strings.
-        logprobs: [b, r], of the tokens under the whole policy, in fp32; after an answer's end they
-            are not read. None where they were not written down.
+        logprobs: [b, r] in fp32, of the sampled tokens under softmax(logits / temperature), before
+            truncation; None, then on all ranks, from a decoder that does not record them.
     """
 
     sequences: Tensor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ class Experience:
         reference: [b, r], the reference's log-probs; both log-probs are 0 in padding.
         scores: [b], as they were given: not normalised, not clipped.
         advantages, returns: [b, r]; advantages are whitened over the global batch, if at all.
+        recorded: whether `logprobs` were recorded while the actor sampled, see `reused`.
     """
 
     sequences: Tensor
@@ -40,17 +41,33 @@ class Experience:
     scores: Tensor
     advantages: Tensor
     returns: Tensor
+    recorded: bool = False
 
     @property
     def answer_width(self) -> int:
         """r, the columns of the answers."""
         return self.answer_mask.shape[1]
 
+    def tensors(self) -> dict[str, Tensor]:
+        """By name."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
     def split(self, size: int) -> Iterator[Experience]:
         """The rows in order, `size` at a time."""
-        parts = zip(*(getattr(self, field.name).split(size) for field in fields(self)), strict=True)
-        for part in parts:
-            yield Experience(*part)
+        tensors = self.tensors()
+        parts = (torch.split(value, size) for value in tensors.values())
+        for part in zip(*parts, strict=True):
+            yield replace(self, **dict(zip(tensors, part, strict=True)))
+
+
+def reused(rollout: Rollout, settings: Settings) -> Tensor | None:
+    """The recorded log-probs of a rollout where they serve; None where the actor has to score it.
+
+    A rounding in them would go into PPO's ratio, unless that is known to be 1.
+    """
+    serve = settings.ppo.reuse_logprobs and settings.trains_on_policy
+    return rollout.logprobs if serve else None
 
 
 @torch.no_grad()
@@ -65,8 +82,6 @@ def score(
         rewards: what scores the answers.
         kl_coefficient: weight of the KL penalty.
     """
-    width = rollout.answer_width
-    temperature = settings.generation.temperature
     actor, critic, reference, device = (
         models.actor,
         models.critic,
@@ -78,20 +93,23 @@ def score(
     # Apart from the others: to be ready may mean to come to the device, or to switch adapters off.
     with reference.ready():
         reference_logprobs = answer_logprobs(reference, rollout, settings, device)
-    logprobs, values = [], []
+    logprobs = recorded = reused(rollout, settings)
+    if logprobs is None:
+        logprobs = answer_logprobs(actor, rollout, settings, device)
+    values = []
     for sequences, mask in _micro_batches(rollout, settings.mbs):
-        logprobs.append(actor(sequences, mask, width, temperature))
-        values.append(critic(sequences, mask, width)[:, :-1])
+        values.append(critic(sequences, mask, rollout.answer_width)[:, :-1])
         device.step_done()
     return assemble(
         rollout,
-        torch.cat(logprobs),
+        logprobs,
         reference_logprobs,
         torch.cat(values),
         rewards.scores(rollout),
         rewards,
         settings,
         kl_coefficient,
+        recorded=recorded is not None,
     )
 
 
@@ -128,6 +146,7 @@ def assemble(
     rewards: Rewards,
     settings: Settings,
     kl_coefficient: float,
+    recorded: bool = False,
 ) -> Experience:
     """Rewards per token, advantages and returns from the models' outputs.
 
@@ -138,6 +157,7 @@ def assemble(
         rewards: shapes the scores.
         settings: the PPO settings are read.
         kl_coefficient: weight of the KL penalty.
+        recorded: whether the log-probs are.
     """
     mask = rollout.answer_mask
     # Padding may have the probability 0, and minus infinity times 0 is no number.
@@ -164,6 +184,7 @@ def assemble(
         scores=scores,
         advantages=advantages,
         returns=returns,
+        recorded=recorded,
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -62,7 +61,7 @@ class Guard:
         if self._in_a_row < self._limits.max_skipped:
             return
         folder = self._attempt.run.skipped
-        tensors = {name: value.cpu().contiguous() for name, value in asdict(experience).items()}
+        tensors = {name: value.cpu().contiguous() for name, value in experience.tensors().items()}
         where = f"the last batch is in {folder}. Look there at `scores` first"
         self._attempt.check()
         try:

@@ -30,6 +30,8 @@ class Rollout:
         answer_mask: [b, r], true on the answer's tokens, those that end it included.
         ended: [b], whether an end token or a stop string ended the answer.
         has_end_token: [b], whether its last token is an end token.
+        logprobs: [b, r] in fp32, of the answers' tokens as the decoder recorded them, 0 in padding;
+            None, then on all ranks, where it did not.
     """
 
     sequences: Tensor
@@ -37,6 +39,7 @@ class Rollout:
     answer_mask: Tensor
     ended: Tensor
     has_end_token: Tensor
+    logprobs: Tensor | None = None
 
     @property
     def answer_width(self) -> int:
@@ -71,7 +74,12 @@ def generate(
         width = decoded.prompt_mask.shape[1]
         sequences = _as_long_as_any(sequences, width, sampling.config.pad_token_id)
     return from_sequences(
-        sequences, decoded.prompt_mask, sampling.config, sampling.multiple, decoded.ends
+        sequences,
+        decoded.prompt_mask,
+        sampling.config,
+        sampling.multiple,
+        decoded.ends,
+        decoded.logprobs,
     )
 
 
@@ -93,6 +101,7 @@ def from_sequences(
     config: GenerationConfig,
     multiple: int = 1,
     ends: Tensor | None = None,
+    logprobs: Tensor | None = None,
 ) -> Rollout:
     """A rollout from what ``generate`` returns.
 
@@ -106,6 +115,7 @@ def from_sequences(
         config: names the end tokens and the padding.
         multiple: the answers' width is rounded up to a multiple of this.
         ends: [b], position in the answer of the token that completed a stop string; -1 for none.
+        logprobs: [b, r], of the sampled tokens; of fewer columns where the sequences were padded.
     """
     width = prompt_mask.shape[1]
     generated = sequences.shape[1] - width
@@ -121,10 +131,14 @@ def from_sequences(
     # True up to and with the first end: none stands before the position.
     answer_mask = ((is_end.long().cumsum(-1) - is_end.long()) == 0) & written
     answers = answers.masked_fill(~answer_mask, config.pad_token_id)
+    if logprobs is not None:
+        logprobs = pad(logprobs, (0, answers.shape[1] - logprobs.shape[1]))
+        logprobs = torch.where(answer_mask, logprobs, 0)
     return Rollout(
         sequences=torch.cat([sequences[:, :width], answers], dim=1),
         attention_mask=torch.cat([prompt_mask, answer_mask.to(prompt_mask.dtype)], dim=1),
         answer_mask=answer_mask,
         ended=is_end.any(-1),
         has_end_token=(is_end_token & answer_mask).any(-1),
+        logprobs=logprobs,
     )

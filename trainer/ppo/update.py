@@ -75,9 +75,14 @@ def _policy_loss(
     logprobs = actor(
         micro.sequences, micro.attention_mask, micro.answer_width, settings.generation.temperature
     )
-    return formulas.policy_loss(
-        logprobs, micro.logprobs, micro.advantages, micro.answer_mask, settings.ppo.clip_range
-    )
+    rest = (micro.advantages, micro.answer_mask, settings.ppo.clip_range)
+    if not micro.recorded:
+        return formulas.policy_loss(logprobs, micro.logprobs, *rest)
+    # What trains is what sampled, so the ratio is 1. By how much the two forwards round apart is
+    # not to be learnt from, but shown: it says whether the log-probs were recorded well.
+    loss = formulas.policy_loss(logprobs, logprobs.detach(), *rest)
+    apart = formulas.policy_loss(logprobs.detach(), micro.logprobs, *rest)
+    return loss._replace(ratio=apart.ratio, kl=apart.kl)
 
 
 def _value_loss(critic: DeepSpeedEngine, micro: Experience, settings: Settings) -> Tensor:

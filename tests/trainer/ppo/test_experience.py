@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ class Case:
     actor: Path
     critic: Path
     reward: Path
-    settings: Any
+    flags: tuple[str, ...]
 
     def load(self) -> tuple[Any, Any, Any, Any]:
         """The four models with dropout in those that train, as a run has them."""
@@ -65,24 +65,31 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         actor=tiny.save_policy(folder / "actor", request.param),
         critic=tiny.save_step2(folder / "critic", request.param, seed=5),
         reward=tiny.save_classifier(folder / "reward", request.param, seed=6),
-        settings=tiny.settings(
-            f"generation.temperature={TEMPERATURE}", "mbs=2", "reward.clip=1000"
-        ),
+        flags=(f"generation.temperature={TEMPERATURE}", "mbs=2", "reward.clip=1000"),
     )
 
 
 def score(case: Case, prompts: Any = PROMPTS, answers: Any = ANSWERS) -> experience.Experience:
+    return score_rollout(case, tiny.rolled_out(prompts, answers))[0]
+
+
+def score_rollout(case: Case, rolled_out: Any, *flags: str) -> tuple[experience.Experience, int]:
+    """The experience, and how often the actor ran."""
     actor, critic, reference, reward = case.load()
-    device = tiny.cpu(case.settings)
+    settings = tiny.settings(*case.flags, *flags)
+    device = tiny.cpu(settings)
+    runs: list[Any] = []
+    actor.register_forward_hook(lambda *_: runs.append(None))
     # Nothing is decoded here, so no tokenizer is needed.
-    scores = ModelScores(reward, None, None, "end", case.settings, device)
-    return experience.score(
-        tiny.rolled_out(prompts, answers),
+    scores = ModelScores(reward, None, None, "end", settings, device)
+    found = experience.score(
+        rolled_out,
         tiny.models(tiny.Engine(actor), tiny.Engine(critic), reference),
-        Rewards([(1.0, scores)], case.settings),
-        case.settings,
+        Rewards([(1.0, scores)], settings),
+        settings,
         kl_coefficient=0.1,
     )
+    return found, len(runs)
 
 
 def valid(rows: Any, found: experience.Experience) -> list[list[float]]:
@@ -115,6 +122,37 @@ def test_log_probs_of_actor_and_reference(case: Case) -> None:
     reference = AutoModelForCausalLM.from_pretrained(case.actor)
     assert near(valid(found.reference, found), slow_logprobs(reference))
     assert not found.logprobs.equal(found.reference)
+
+
+@pytest.mark.knob("ppo.reuse_logprobs")
+@pytest.mark.parametrize(
+    ("flags", "runs"),
+    [
+        ((), 0),
+        (("ppo.reuse_logprobs=false",), 2),
+        (("ppo.epochs=2",), 2),
+        (("ppo.minibatches=2",), 2),
+        (("actor.dropout=0.3",), 2),
+    ],
+    ids=str,
+)
+def test_recorded_log_probs_take_the_place_of_a_forward_where_an_update_is_one_step(
+    case: Case, flags: tuple[str, ...], runs: int
+) -> None:
+    made = tiny.rolled_out(PROMPTS, ANSWERS)
+    expected, scored = score_rollout(case, made)
+    assert (scored, expected.recorded) == (2, False), "nothing was recorded"
+    # So that one can tell which were taken.
+    recorded = expected.logprobs - made.answer_mask * 1.0
+
+    found, count = score_rollout(case, replace(made, logprobs=recorded), *flags)
+
+    assert (count, found.recorded) == (runs, runs == 0)
+    assert found.logprobs.equal(expected.logprobs if runs else recorded)
+    # The KL penalty is of the log-probs that were taken.
+    assert (found.returns.equal(expected.returns)) is (runs > 0)
+    assert found.values.equal(expected.values)
+    assert all(part.recorded == found.recorded for part in found.split(1))
 
 
 @pytest.mark.knob("generation.temperature")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,14 @@ def ended_at(
     padding: int = PAD,
     multiple: int = 1,
     ends: list[int] | None = None,
+    logprobs: Any = None,
 ) -> rollout.Rollout:
     """The rollout from answers to one-token prompts."""
     sequences = torch.tensor([[20, *answer] for answer in answers])
     config = GenerationConfig(eos_token_id=end_tokens, pad_token_id=padding)
     prompt_mask = torch.ones(len(answers), 1, dtype=torch.long)
     strings = None if ends is None else torch.tensor(ends)
-    return rollout.from_sequences(sequences, prompt_mask, config, multiple, strings)
+    return rollout.from_sequences(sequences, prompt_mask, config, multiple, strings, logprobs)
 
 
 def answers_of(found: rollout.Rollout) -> list[list[int]]:
@@ -121,6 +123,16 @@ def test_answers_are_widened_to_a_multiple() -> None:
     assert found.sequences.tolist() == [[20, 7, 8, 9, 0], [20, 7, 2, 0, 0]]
     assert found.answer_mask.tolist() == [[True, True, True, False], [True, True, False, False]]
     assert found.attention_mask.tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 0, 0]]
+
+
+def test_recorded_log_probs_are_as_wide_as_the_answers_and_hold_nothing_in_padding() -> None:
+    recorded = torch.tensor([[-1.0, -2.0, -3.0], [-4.0, -5.0, -math.inf]])
+
+    found = ended_at([[7, 8, 9], [7, 2, 0]], [2], multiple=4, logprobs=recorded)
+
+    assert found.logprobs is not None
+    assert found.logprobs.tolist() == [[-1.0, -2.0, -3.0, 0.0], [-4.0, -5.0, 0.0, 0.0]]
+    assert ended_at([[7, 8, 9]], [2]).logprobs is None
 
 
 @hypothesis_settings(max_examples=100)
@@ -448,6 +460,15 @@ def test_a_warning_ends_all_answers_and_nothing_is_made_of_them(
 ROLLOUTS = 50
 
 
+class Recording(Plain):
+    """Records numbers that say which tokens they belong to."""
+
+    def __call__(self, *arguments: Any) -> Any:
+        decoded = super().__call__(*arguments)
+        answers = decoded.sequences[:, decoded.prompt_mask.shape[1] :]
+        return replace(decoded, logprobs=-answers.float())
+
+
 def roll_out_and_update(folder: Path, chunk: int) -> tuple[list[int], list[int]]:
     """One of two ranks under ZeRO-3: rollouts of random lengths, each with an update after it.
 
@@ -463,13 +484,15 @@ def roll_out_and_update(folder: Path, chunk: int) -> tuple[list[int], list[int]]
     own = tiny.cpu(settings)
     policy = loading.load_policy(str(folder), "fp32", 0.0, chunk)
     actor = engine.trained(policy, settings.actor, settings, own, ROLLOUTS)
-    decoder = Plain(sampling(settings, None, [EOS, 3, 4, 5, 6], PAD, own), own)
+    decoder = Recording(sampling(settings, None, [EOS, 3, 4, 5, 6], PAD, own), own)
     torch.manual_seed(dist.get_rank())
     tokens, chunks = [], []
     for _ in range(ROLLOUTS):
         found = rollout.generate(decoder, actor, PROMPTS[:2])
         tokens.append(int(found.lengths.max()))
         chunks.append(math.ceil(found.answer_width / chunk) if chunk else 1)
+        answers = found.sequences[:, -found.answer_width :]
+        assert found.logprobs.equal(-(answers * found.answer_mask).float())
         logprobs = actor(found.sequences, found.attention_mask, found.answer_width, 1.0)
         actor.backward(-logprobs[found.answer_mask].mean())
         actor.step()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ pytestmark = pytest.mark.usefixtures("one_rank")
 TOLERANCE = {"rtol": 1e-3, "atol": 2e-5}
 
 
-def updated(folder: Path, *flags: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def updated(
+    folder: Path, *flags: str, change: Callable[[Any, Any], Any] = lambda found, actor: found
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Weights after an update, and what it told of itself."""
     settings = settings_with(*flags)
     cpu = tiny.cpu(settings)
@@ -40,7 +43,8 @@ def updated(folder: Path, *flags: str) -> tuple[dict[str, Any], dict[str, Any]]:
         if settings.pretraining.path
         else None
     )
-    told, whole = update(made(settings), tiny.models(actor, critic), mix, settings)
+    found = change(made(settings), actor)
+    told, whole = update(found, tiny.models(actor, critic), mix, settings)
     assert whole
     weights = {f"actor.{name}": value for name, value in engine.whole_weights(actor).items()}
     weights |= {f"critic.{name}": value for name, value in engine.whole_weights(critic).items()}
@@ -162,6 +166,48 @@ def test_what_an_update_tells(tmp_path: Path) -> None:
     assert told["actor_loss"] == pytest.approx(float(torch.maximum(free, held).mean()), rel=1e-4)
     assert told["clip_fraction"] == pytest.approx(float((held > free).float().mean()))
     assert told["pretraining_loss"] == pytest.approx(-float(texts.mean()), rel=1e-4)
+
+
+def sampled(recorded: bool, off: float = 0.0) -> Callable[[Any, Any], Any]:
+    """Experience with the log-probs of the actor itself, off by so much on every other token."""
+
+    def change(found: Any, actor: Any) -> Any:
+        with torch.no_grad():
+            own = actor(found.sequences, found.attention_mask, found.answer_width, 1.0)
+        shift = off * (torch.arange(own.shape[1]) % 2)
+        logprobs = torch.where(found.answer_mask, own + shift, 0)
+        return dataclasses.replace(found, logprobs=logprobs, recorded=recorded)
+
+    return change
+
+
+def test_recorded_log_probs_teach_what_scored_ones_do(tmp_path: Path) -> None:
+    expected, scored = updated(tmp_path, change=sampled(recorded=False))
+
+    found, told = updated(tmp_path, change=sampled(recorded=True))
+
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, msg=name, **TOLERANCE)
+    assert told == pytest.approx(scored, rel=1e-4, abs=1e-6)
+
+
+def test_how_recorded_log_probs_are_off_is_shown_and_not_learnt(tmp_path: Path) -> None:
+    """0.3 is more than the clip range: the tokens would give no gradient, or another one."""
+    expected, scored = updated(tmp_path, change=sampled(recorded=True))
+
+    found, told = updated(tmp_path, change=sampled(recorded=True, off=0.3))
+
+    for name, value in expected.items():
+        assert found[name].equal(value), name
+    assert told["actor_loss"] == scored["actor_loss"]
+    assert told["clip_fraction"] == 0
+    tokens = [t % 2 for answer in ANSWERS for t in range(len(answer))]
+    share = sum(tokens) / len(tokens)
+    assert told["ratio"] == pytest.approx(1 + share * (math.exp(-0.3) - 1), rel=1e-4)
+    assert told["update_kl"] == pytest.approx(share * (math.exp(-0.3) - 1 + 0.3), rel=1e-3)
+    learnt, _ = updated(tmp_path, change=sampled(recorded=False, off=0.3))
+    moved = max(float((learnt[name] - expected[name]).abs().max()) for name in learnt)
+    assert moved > 10 * TOLERANCE["atol"]
 
 
 def test_an_average_takes_in_each_step_that_was_taken(tmp_path: Path) -> None:
