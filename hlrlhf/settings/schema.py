@@ -358,6 +358,11 @@ class Ppo(Group):
     whiten_advantages: bool = Field(
         True, description="Shift and scale advantages to mean 0 and variance 1 over the rollout."
     )
+    trim: bool = Field(
+        True,
+        description="Let rows of like length share a micro batch, and cut each to its own texts, "
+        "instead of computing on padding; off: all are as wide as the rollout, in its order.",
+    )
     reuse_logprobs: bool = Field(
         True,
         description="Take the log-probs that a decoder recorded while it sampled, rather than run "

@@ -111,7 +111,7 @@ def check(
     rows, tokens = sampled.shape
     # Without dropout, and not through the engine: its eval() may put kernels in.
     actor.module.eval()
-    # A whole micro batch: a shape that scoring has too.
+    # A whole micro batch: where shapes are compiled, one of those few that scoring has.
     sequences, mask = rollout.sequences[: settings.mbs], rollout.attention_mask[: settings.mbs]
     scored = actor(sequences, mask, rollout.answer_width, temperature)[:rows, :tokens].cpu()
     device.step_done()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from hlrlhf.trainer import formulas
 from hlrlhf.trainer.device import Device
 from hlrlhf.trainer.models.forwards import Placed
 from hlrlhf.trainer.models.roles import Models
+from hlrlhf.trainer.ppo.batches import micro_batches, outputs
 from hlrlhf.trainer.ppo.rewards import Rewards
 from hlrlhf.trainer.ppo.rollout import Rollout
 from hlrlhf.trainer.ranks import summed
@@ -60,6 +62,19 @@ class Experience:
         for part in zip(*parts, strict=True):
             yield replace(self, **dict(zip(tensors, part, strict=True)))
 
+    def micro_batches(self, settings: Settings, device: Device) -> list[Experience]:
+        """The rows as `batches.micro_batches` gives them to the models."""
+        found = []
+        for part in micro_batches(self.attention_mask, self.answer_width, settings, device):
+            tensors: dict[str, Any] = {}
+            for name, values in self.tensors().items():
+                whole_texts = name in ("sequences", "attention_mask")
+                columns = part.columns if whole_texts else part.answers
+                places = (part.rows, columns) if values.ndim == 2 else part.rows
+                tensors[name] = values[places]
+            found.append(replace(self, **tensors))
+        return found
+
 
 def reused(rollout: Rollout, settings: Settings) -> Tensor | None:
     """The recorded log-probs of a rollout where they serve; None where the actor has to score it.
@@ -96,15 +111,13 @@ def score(
     logprobs = recorded = reused(rollout, settings)
     if logprobs is None:
         logprobs = answer_logprobs(actor, rollout, settings, device)
-    values = []
-    for sequences, mask in _micro_batches(rollout, settings.mbs):
-        values.append(critic(sequences, mask, rollout.answer_width)[:, :-1])
-        device.step_done()
+    texts = (rollout.sequences, rollout.attention_mask, rollout.answer_width)
+    values = outputs(critic, *texts, settings, device)[:, :-1]
     return assemble(
         rollout,
         logprobs,
         reference_logprobs,
-        torch.cat(values),
+        values,
         rewards.scores(rollout),
         rewards,
         settings,
@@ -114,7 +127,7 @@ def score(
 
 
 def answer_logprobs(policy: Placed, rollout: Rollout, settings: Settings, device: Device) -> Tensor:
-    """Log-probs of a rollout's answers, micro batch by micro batch.
+    """Log-probs of a rollout's answers.
 
     Args:
         policy: an engine or see `frozen`.
@@ -124,17 +137,8 @@ def answer_logprobs(policy: Placed, rollout: Rollout, settings: Settings, device
     Returns:
         [b, r], fp32; padding included.
     """
-    parts = []
-    for sequences, mask in _micro_batches(rollout, settings.mbs):
-        temperature = settings.generation.temperature
-        parts.append(policy(sequences, mask, rollout.answer_width, temperature))
-        device.step_done()
-    return torch.cat(parts)
-
-
-def _micro_batches(rollout: Rollout, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    rows = (rollout.sequences, rollout.attention_mask)
-    return zip(*(torch.split(part, size) for part in rows), strict=True)
+    texts = (rollout.sequences, rollout.attention_mask, rollout.answer_width)
+    return outputs(policy, *texts, settings, device, settings.generation.temperature)
 
 
 def assemble(

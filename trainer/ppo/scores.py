@@ -19,6 +19,7 @@ from hlrlhf.trainer.data import reading
 from hlrlhf.trainer.device import Device
 from hlrlhf.trainer.errors import TrainerError
 from hlrlhf.trainer.models.forwards import Placed
+from hlrlhf.trainer.ppo.batches import outputs
 from hlrlhf.trainer.ppo.rollout import Rollout
 
 
@@ -51,7 +52,7 @@ class ModelScores:
         self._tokenizer = tokenizer
         self._own = own
         self._score_at = score_at
-        self._rows = settings.mbs
+        self._settings = settings
         self._device = device
         self._longest = longest
         self.cut: Tensor | None = None
@@ -70,16 +71,8 @@ class ModelScores:
         else:
             sequences, mask = self._encoded_again(rollout)
             width, position = 0, torch.zeros_like(rollout.lengths)
-        scores = []
-        for ids, attended, index in zip(
-            torch.split(sequences, self._rows),
-            torch.split(mask, self._rows),
-            torch.split(position.unsqueeze(-1), self._rows),
-            strict=True,
-        ):
-            scores.append(self._model(ids, attended, width).gather(-1, index).squeeze(-1))
-            self._device.step_done()
-        return torch.cat(scores)
+        scores = outputs(self._model, sequences, mask, width, self._settings, self._device)
+        return scores.gather(-1, position.unsqueeze(-1)).squeeze(-1)
 
     def _encoded_again(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """The same text in the reward model's tokens, and its mask, [b, t]: padded on the left."""

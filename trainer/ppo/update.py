@@ -42,8 +42,9 @@ def update(
             # Each token of the minibatch counts the same, however its rows are spread over micro
             # batches and ranks. DeepSpeed divides by the ranks, so that is taken back.
             share = settings.world_size / summed(minibatch.answer_mask.sum().float())
+            micros = minibatch.micro_batches(settings, device)
             # One model after the other, so that the gradients of one at a time take up memory.
-            for micro in minibatch.split(settings.mbs):
+            for micro in micros:
                 parts = _policy_loss(actor, micro, settings)
                 applied &= engine.descend(actor, parts.loss * share)
                 device.step_done()
@@ -55,7 +56,7 @@ def update(
                     texts += seen
             if models.average is not None and actor.was_step_applied():
                 models.average.update()
-            for micro in minibatch.split(settings.mbs):
+            for micro in micros:
                 loss = _value_loss(critic, micro, settings)
                 applied &= engine.descend(critic, loss * share)
                 device.step_done()

@@ -1,0 +1,104 @@
+"""Micro batches: rows of like length, each cut to the columns that its own texts need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from hlrlhf.settings import Settings
+from hlrlhf.trainer.device import Device
+from hlrlhf.trainer.models.forwards import Placed
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Which part of a batch goes through a model at a time.
+
+    Attributes:
+        rows: [n], their places in the batch.
+        columns: of [b, l + r], its longest prompt and its longest answer.
+        answers: of [b, r], its longest answer.
+    """
+
+    rows: Tensor
+    columns: slice
+    answers: slice
+
+
+def micro_batches(
+    attention_mask: Tensor, answer_width: int, settings: Settings, device: Device
+) -> list[MicroBatch]:
+    """A batch in micro batches, which hold each row once; on all ranks they are as many.
+
+    With ``ppo.trim`` the longest rows come first: what follows fits into the memory that they took,
+    and a batch that does not fit at all fails at once.
+
+    Args:
+        attention_mask: [b, l + r], prompts padded on the left, answers on the right.
+        answer_width: r.
+        device: the widths of prompts and answers are multiples of its own.
+    """
+    trim = settings.ppo.trim
+    prompt_width = attention_mask.shape[1] - answer_width
+    parts = (attention_mask[:, :prompt_width], attention_mask[:, prompt_width:])
+    prompts, answers = torch.stack([part.sum(-1) for part in parts]).tolist()
+    order = list(range(len(prompts)))
+    if trim:
+        order.sort(key=lambda row: -prompts[row] - answers[row])
+    # ZeRO-3 gathers the head for each chunk of log-probs on all ranks, so they need as many chunks.
+    in_step = settings.ppo.logprob_chunk > 0 and settings.actor.zero_stage == 3
+    found = []
+    for begin in range(0, len(order), settings.mbs):
+        rows = order[begin : begin + settings.mbs]
+        left, right = prompt_width, answer_width
+        if trim:
+            left = min(left, _rounded_up(max(prompts[row] for row in rows), device.pad_to))
+        if trim and not in_step:
+            right = min(right, _rounded_up(max(answers[row] for row in rows), device.pad_to))
+        found.append(
+            MicroBatch(
+                rows=torch.tensor(rows, device=attention_mask.device),
+                columns=slice(prompt_width - left, prompt_width + right),
+                answers=slice(right),
+            )
+        )
+    return found
+
+
+def _rounded_up(width: int, multiple: int) -> int:
+    """To a multiple, and at least one: models have no answers of no columns."""
+    return max(1, -(-width // multiple)) * multiple
+
+
+def outputs(
+    model: Placed,
+    sequences: Tensor,
+    attention_mask: Tensor,
+    answer_width: int,
+    settings: Settings,
+    device: Device,
+    *further: float,
+) -> Tensor:
+    """What a model says of a batch, micro batch by micro batch.
+
+    Args:
+        model: an engine around a `forwards.Policy` or `forwards.Scorer`, or see `frozen`.
+        sequences, attention_mask: [b, l + r].
+        answer_width: r.
+        device: to tell when a part of the work is complete.
+        further: arguments of the model's ``forward``.
+
+    Returns:
+        What it says of answers of r columns, each row at its place; 0 in columns that were cut.
+    """
+    parts = micro_batches(attention_mask, answer_width, settings, device)
+    found = []
+    for part in parts:
+        inputs = (sequences[part.rows, part.columns], attention_mask[part.rows, part.columns])
+        width = part.answers.stop
+        found.append(pad(model(*inputs, width, *further), (0, answer_width - width)))
+        device.step_done()
+    return torch.cat(found)[torch.cat([part.rows for part in parts]).argsort()]
