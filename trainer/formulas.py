@@ -15,30 +15,105 @@ RLHF, "The N+ Implementation Details of RLHF with PPO" (arXiv 2403.17031).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # Beyond exp(20) a ratio says nothing more, and in fp32 it soon overflows.
 MAX_LOG_RATIO = 20.0
 
+# Bytes of logits in fp32 that a processor works on at a time: about what its own cache holds.
+BLOCK = 2**21
 
-def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+
+def token_logprobs(
+    logits: Tensor, tokens: Tensor, temperature: float, in_place: bool = False
+) -> Tensor:
     """Log-probabilities of the given tokens under softmax(logits / temperature), in fp32.
 
+    On processors nothing of the size of the logits is made but their gradient, which has their
+    type. It can be taken once, and not be differentiated again.
+
     Args:
-        logits: [b, r, v], the logits that predict each token.
+        logits: [b, r, v], the logits that predict each token. Further columns are passed over:
+            to cut them off would cost a copy of the gradient.
         tokens: [b, r], integer.
         temperature: the one that the tokens were sampled with.
+        in_place: whether the gradient may overwrite the logits: nobody else reads them. Where an
+            operation has kept them for its own gradient after all, autograd refuses.
 
     Returns:
-        [b, r], fp32.
+        [b, r], fp32; fp64 where the logits are.
     """
-    logits = logits.float() / temperature
-    chosen = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-    return chosen - logits.logsumexp(-1)
+    apply: Callable[..., Tensor] = _TokenLogprobs.apply
+    return apply(logits, tokens, temperature, in_place)
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """log p = x_token / T - log sum exp(x / T), and d log p / dx = (onehot - softmax(x / T)) / T.
+
+    Written out, because autograd would pass some ten times over tensors of the logits' size, which
+    on processors takes as long as the matrix product that they come from.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, tokens: Tensor, temperature: float, in_place: bool
+    ) -> Tensor:
+        chosen = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+        chosen = _scaled(chosen, temperature)
+        normalizers = torch.empty_like(chosen)
+        for block in _blocks(logits, tokens):
+            normalizers[block] = _scaled(logits[block], temperature).logsumexp(-1)
+        ctx.save_for_backward(logits, tokens, normalizers)
+        ctx.temperature, ctx.in_place = temperature, in_place
+        return chosen - normalizers
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slopes: Tensor) -> tuple[Tensor, None, None, None]:
+        # After a gradient in place, this refuses to be done again: the logits have changed.
+        logits, tokens, normalizers = ctx.saved_tensors
+        gradient = logits.detach() if ctx.in_place else torch.empty_like(logits)
+        gradient[:, tokens.shape[1] :] = 0
+        temperature, direct = ctx.temperature, gradient.dtype == normalizers.dtype
+        slopes, normalizers, chosen = (
+            part.unsqueeze(-1) for part in (slopes / temperature, normalizers * temperature, tokens)
+        )
+        for block in _blocks(logits, tokens):
+            into = gradient[block] if direct else None
+            part = torch.sub(logits[block], normalizers[block], out=into)
+            if temperature != 1:
+                part.div_(temperature)
+            part.exp_().mul_(-slopes[block]).scatter_add_(-1, chosen[block], slopes[block])
+            if not direct:
+                gradient[block] = part
+        return gradient, None, None, None
+
+
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits if temperature == 1 else logits / temperature
+
+
+def _blocks(logits: Tensor, tokens: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Rows and columns of the tokens, a block of them at a time.
+
+    Processors have caches: what is made of a small block is still there when it is read again.
+    Other devices do best with few operations, which for some have to be compiled, on all at once.
+    """
+    (rows, columns), size = tokens.shape, logits.shape[-1] * 4
+    if logits.device.type != "cpu":
+        yield slice(rows), slice(columns)
+        return
+    at_once = max(1, BLOCK // size) * torch.get_num_threads()
+    height, width = max(1, at_once // max(1, columns)), max(1, min(at_once, columns))
+    for row in range(0, rows, height):
+        for column in range(0, columns, width):
+            yield slice(row, row + height), slice(column, min(column + width, columns))
 
 
 def kl_estimate(logprobs: Tensor, reference: Tensor, estimator: str = "k1") -> Tensor:

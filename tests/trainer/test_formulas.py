@@ -9,6 +9,7 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
+from storages import Made
 
 from hlrlhf.trainer import formulas
 
@@ -92,6 +93,106 @@ def test_token_logprobs_are_fp32_from_bf16_logits_and_survive_large_ones() -> No
     assert found.dtype == torch.float32
     # exp(-128) is lost in fp32, and nothing overflows.
     assert found.item() == 0.0
+
+
+def plain_logprobs(logits: Any, tokens: Any, temperature: float) -> Any:
+    """The formula, left to autograd."""
+    return (logits / temperature).log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Blocks of two tokens, where the vocabulary has 40 words; how many numbers that makes."""
+    monkeypatch.setattr(formulas, "BLOCK", 2 * 40 * 4)
+    return 2 * 40 * torch.get_num_threads()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("shape", [(2, 5, 40), (3, 1, 40), (1, 1, 40), (7, 2, 3)])
+@pytest.mark.usefixtures("small_blocks")
+def test_the_gradient_of_log_probs_is_that_of_their_differences(
+    shape: tuple[int, ...], temperature: float
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+    tokens = torch.randint(shape[-1], shape[:2], generator=generator)
+
+    def logprobs(x: Any) -> Any:
+        return formulas.token_logprobs(x, tokens, temperature)
+
+    assert torch.autograd.gradcheck(logprobs, logits)
+    torch.testing.assert_close(logprobs(logits), plain_logprobs(logits, tokens, temperature))
+
+
+# Exponents lie within 32 of 0, so that fp32 rounds them, what they are normalised by and what is
+# divided by the temperature by 2^-20 each; where p is near 1, 1 - p is as far off as p. bf16 rounds
+# the result once more, by 2^-8.
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 2**-18), (torch.bfloat16, 2**-7)])
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.usefixtures("small_blocks")
+def test_the_gradient_of_log_probs_is_that_of_the_plain_formula(
+    temperature: float, in_place: bool, dtype: Any, rtol: float
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    wide = (torch.randn(4, 40, 9, generator=generator) * 3).to(dtype)
+    # Not contiguous, with impossible words, and with two columns more than there are tokens.
+    given = wide.transpose(1, 2)
+    given[:, :, 7] = -math.inf
+    tokens = torch.randint(8, 40, (4, 7), generator=generator)
+    slopes = torch.randn(4, 7, generator=generator)
+    exact = given.double().requires_grad_()
+    plain_logprobs(exact[:, :7], tokens, temperature).backward(slopes.double())
+    leaf = given.clone().requires_grad_()
+
+    # As it is to be expected of a head's logits, which are nobody's leaf.
+    logits = leaf * 1
+    found = formulas.token_logprobs(logits, tokens, temperature, in_place)
+    found.backward(slopes)
+
+    assert leaf.grad.dtype == dtype
+    torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=rtol, atol=2**-18)
+    assert (leaf.grad[:, :, 7] == 0).all()
+    assert (leaf.grad[:, 7:] == 0).all()
+    # Logits of somebody else are as they were; one's own have become the gradient.
+    assert logits.equal(leaf.grad if in_place else leaf)
+
+
+def test_a_gradient_in_place_is_taken_once_and_not_from_logits_that_are_still_needed() -> None:
+    leaf, tokens = torch.randn(1, 2, 5, requires_grad=True), torch.tensor([[1, 3]])
+
+    found = formulas.token_logprobs(leaf * 1, tokens, 1.0, in_place=True).sum()
+    found.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        found.backward()
+
+    # The hyperbolic tangent keeps its result: its gradient is made of it.
+    found = formulas.token_logprobs(leaf.tanh(), tokens, 1.0, in_place=True).sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        found.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probs_make_nothing_as_large_as_the_logits_but_the_gradient(
+    small_blocks: int, temperature: float, dtype: Any
+) -> None:
+    threads = torch.get_num_threads()
+    logits = torch.randn(3, 20 * threads, 40).to(dtype)
+    tokens = torch.randint(40, logits.shape[:2])
+
+    with Made() as scoring, torch.no_grad():
+        formulas.token_logprobs(logits, tokens, temperature)
+    assert max(scoring.sizes) <= small_blocks
+
+    for in_place, gradients in ((False, 1), (True, 0)):
+        given = logits.clone().requires_grad_()
+        of_model = given * 1
+        with Made(of_model) as training:
+            found = formulas.token_logprobs(of_model, tokens, temperature, in_place)
+            torch.autograd.grad(found.sum(), of_model)
+        large = [size for size in training.sizes if size > small_blocks]
+        assert large == [logits.numel()] * gradients
 
 
 # 2. Divergence from the reference, and rewards.

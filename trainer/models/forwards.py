@@ -97,7 +97,7 @@ class Policy(nn.Module):
             logits = plain.lm_head(hidden[:, -kept:])
         else:
             logits = self.lm(**inputs).logits[:, -kept:]
-        return formulas.token_logprobs(logits[:, :-1], answers, temperature)
+        return formulas.token_logprobs(logits, answers, temperature, in_place=True)
 
     def _logprobs_in_chunks(self, hidden: Tensor, answers: Tensor, temperature: float) -> Tensor:
         """Log-probs from hidden states [b, r, h], with the logits of one chunk in memory at a time.
@@ -107,7 +107,7 @@ class Policy(nn.Module):
         head = unwrapped(self.lm).get_output_embeddings()
 
         def logprobs(states: Tensor, tokens: Tensor) -> Tensor:
-            return formulas.token_logprobs(head(states), tokens, temperature)
+            return formulas.token_logprobs(head(states), tokens, temperature, in_place=True)
 
         chunks = zip(
             torch.split(hidden, self.logprob_chunk, dim=1),

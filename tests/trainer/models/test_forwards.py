@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from storages import Made
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -18,6 +19,7 @@ from transformers import (
     GraniteConfig,
 )
 
+from hlrlhf.trainer import formulas
 from hlrlhf.trainer.errors import TrainerError
 from hlrlhf.trainer.models import forwards, loading, tokenizers
 
@@ -389,3 +391,28 @@ def test_logits_that_are_changed_after_the_head_are_not_computed_in_chunks(tmp_p
     loading.load_policy(str(tmp_path), "fp32", 0.0)
     with pytest.raises(TrainerError, match="HL_PPO_LOGPROB_CHUNK=0"):
         loading.load_policy(str(tmp_path), "fp32", 0.0, 4)
+
+
+# 5. Memory, in a model whose logits are larger than all else.
+
+
+@pytest.fixture
+def large_logits(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Options of such a model, sequences with a prompt of 3, and how large the logits are."""
+    monkeypatch.setattr(formulas, "BLOCK", 4096)
+    tokens = torch.randint(3, 512, (2, 63), generator=torch.Generator().manual_seed(1))
+    return {"vocabulary": 512}, (tokens, torch.ones_like(tokens), 60, 0.7), 2 * 60 * 512
+
+
+@architectures
+def test_an_update_makes_logits_once_and_nothing_else_of_their_size(
+    tmp_path: Path, architecture: str, large_logits: Any
+) -> None:
+    options, inputs, size = large_logits
+    folder = tiny.save_policy(tmp_path, architecture, **options)
+    policy = loading.load_policy(str(folder), "fp32", 0.0)
+
+    with Made() as made:
+        policy(*inputs).sum().backward()
+
+    assert [each for each in made.sizes if each >= size] == [2 * 61 * 512]
