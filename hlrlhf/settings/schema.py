@@ -370,8 +370,8 @@ class Ppo(Group):
     )
     logprob_chunk: Count = Field(
         0,
-        description="Compute logits for this many answer tokens at a time, for less memory and "
-        "more computation; 0: for all at once.",
+        description="Compute logits for this many tokens of each answer at a time, for less "
+        "memory, and under ZeRO 3 for more computation; 0: for all at once.",
         json_schema_extra=unit("tokens"),
     )
 

@@ -19,7 +19,7 @@ from updates import TEXTS, made
 
 from hlrlhf.trainer.data import reading
 from hlrlhf.trainer.data.rows import Rows
-from hlrlhf.trainer.models import engine, loading
+from hlrlhf.trainer.models import chunks, engine, loading
 from hlrlhf.trainer.ppo.experience import Experience
 from hlrlhf.trainer.ppo.pretraining import Mix
 from hlrlhf.trainer.ppo.update import update
@@ -61,7 +61,7 @@ def with_rows_without_answer(found: Experience) -> Experience:
 
 
 def measured(
-    folder: Path, architecture: str, change: Any, *flags: str
+    folder: Path, architecture: str, change: Any, *flags: str, **options: Any
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Losses, and by how much each model's weights move, as one vector for each."""
     settings = tiny.settings(
@@ -78,9 +78,8 @@ def measured(
         *flags,
     )
     cpu = tiny.cpu(settings)
-    actor = loading.load_policy(
-        str(tiny.save_policy(folder / "a", architecture)), "fp32", 0.0, settings.ppo.logprob_chunk
-    )
+    policy = tiny.save_policy(folder / "a", architecture, **options)
+    actor = loading.load_policy(str(policy), "fp32", 0.0, settings.ppo.logprob_chunk)
     critic = loading.load_scorer(str(tiny.save_classifier(folder / "c", architecture)), "fp32", 0.0)
     trained = []
     for model, own in ((actor, settings.actor), (critic, settings.critic)):
@@ -120,20 +119,40 @@ CASES = {
 }
 
 
+def furthest(found: Any, expected: Any) -> float:
+    """The largest difference between what `measured` gave, relative."""
+    (losses, moved), (expected_losses, expected_moved) = found, expected
+    differences = [
+        float((moved[role] - value).norm() / value.norm()) for role, value in expected_moved.items()
+    ]
+    differences += [
+        abs(losses[name] - value) / abs(value) for name, value in expected_losses.items() if value
+    ]
+    return max(differences)
+
+
 @pytest.mark.knob("actor.cp_act", "critic.cp_act", "actor.zero_stage", "critic.zero_stage")
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 @pytest.mark.parametrize("case", CASES)
 def test_the_gradient_does_not_change_with(tmp_path: Path, case: str, architecture: str) -> None:
     change, flags = CASES[case]
-    expected_losses, expected = measured(tmp_path, architecture, same)
+    expected = measured(tmp_path, architecture, same)
 
-    losses, moved = measured(tmp_path, architecture, change, *flags)
+    found = measured(tmp_path, architecture, change, *flags)
 
-    differences = [
-        float((moved[role] - expected[role]).norm() / expected[role].norm()) for role in expected
-    ]
-    differences += [
-        abs(losses[name] - value) / abs(value) for name, value in expected_losses.items() if value
-    ]
-    print(f"{case}, {architecture}: {max(differences):.1e}")
-    assert max(differences) == pytest.approx(0, abs=TOLERANCE)
+    print(f"{case}, {architecture}: {furthest(found, expected):.1e}")
+    assert furthest(found, expected) == pytest.approx(0, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_the_gradient_does_not_change_with_chunks_of_a_partitioned_head(
+    tmp_path: Path, architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Of its weights, not of calls, which gather them.
+    monkeypatch.delattr(chunks, "apply")
+    flags, options = ("actor.zero_stage=3",), tiny.WIDE[architecture]
+    expected = measured(tmp_path, architecture, same, *flags, **options)
+
+    found = measured(tmp_path, architecture, same, *flags, "ppo.logprob_chunk=2", **options)
+
+    assert furthest(found, expected) == pytest.approx(0, abs=TOLERANCE)

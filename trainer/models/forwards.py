@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Cache, PreTrainedModel
 
 from hlrlhf.trainer import formulas
+from hlrlhf.trainer.models import chunks
 
 
 class Placed(Protocol):
@@ -64,18 +65,25 @@ class Policy(nn.Module):
         return self.lm
 
     def forward(
-        self, sequences: Tensor, attention_mask: Tensor, answer_width: int, temperature: float
+        self,
+        sequences: Tensor,
+        attention_mask: Tensor,
+        answer_width: int,
+        temperature: float,
+        loss: chunks.Loss | None = None,
     ) -> Tensor:
-        """Log-probs of the answer tokens, the last `answer_width` columns.
+        """Log-probs of the answer tokens, the last `answer_width` columns, or a loss of them.
 
         Args:
             sequences: [b, t], prompts padded on the left, answers on the right.
             attention_mask: [b, t].
             answer_width: r.
             temperature: the one that the answers were sampled with.
+            loss: makes [m] of log-probs. Where it is known here, the gradient in chunks costs no
+                more than at once.
 
         Returns:
-            [b, r], fp32.
+            [b, r], fp32; [m] of a loss.
         """
         inputs = {
             "input_ids": sequences,
@@ -89,33 +97,41 @@ class Policy(nn.Module):
         plain = unwrapped(self.lm)
         if self.logprob_chunk:
             hidden = plain.base_model(**inputs).last_hidden_state[:, -kept:-1]
-            return self._logprobs_in_chunks(hidden, answers, temperature)
-        if "logits_to_keep" in _arguments(plain):
-            logits = self.lm(**inputs, logits_to_keep=kept).logits
-        elif plain.config.model_type == "bloom":  # Gaudi's transformers has no such argument there
-            hidden = plain.transformer(**inputs).last_hidden_state
-            logits = plain.lm_head(hidden[:, -kept:])
+            head = plain.get_output_embeddings()
+            if loss is not None and chunks.fits(head):
+                size = self.logprob_chunk
+                return chunks.apply(loss, hidden, head, answers, temperature, size)
+            logprobs = self._logprobs_in_chunks(hidden, answers, temperature)
         else:
-            logits = self.lm(**inputs).logits[:, -kept:]
-        return formulas.token_logprobs(logits, answers, temperature, in_place=True)
+            if "logits_to_keep" in _arguments(plain):
+                logits = self.lm(**inputs, logits_to_keep=kept).logits
+            elif plain.config.model_type == "bloom":  # Gaudi's has no such argument there
+                hidden = plain.transformer(**inputs).last_hidden_state
+                logits = plain.lm_head(hidden[:, -kept:])
+            else:
+                logits = self.lm(**inputs).logits[:, -kept:]
+            logprobs = formulas.token_logprobs(logits, answers, temperature, in_place=True)
+        return logprobs if loss is None else loss(logprobs, slice(None))
 
     def _logprobs_in_chunks(self, hidden: Tensor, answers: Tensor, temperature: float) -> Tensor:
         """Log-probs from hidden states [b, r, h], with the logits of one chunk in memory at a time.
 
-        Those of the backward pass are computed again.
+        Those of a backward pass are computed again: a fourth product with the head beside three.
         """
         head = unwrapped(self.lm).get_output_embeddings()
 
         def logprobs(states: Tensor, tokens: Tensor) -> Tensor:
-            return formulas.token_logprobs(head(states), tokens, temperature, in_place=True)
+            # A bias would be added to a product of scattered rows in a tensor of its own.
+            logits = head(states.contiguous())
+            return formulas.token_logprobs(logits, tokens, temperature, in_place=True)
 
-        chunks = zip(
+        parts = zip(
             torch.split(hidden, self.logprob_chunk, dim=1),
             torch.split(answers, self.logprob_chunk, dim=1),
             strict=True,
         )
         return torch.cat(
-            [checkpoint(logprobs, *chunk, use_reentrant=False) for chunk in chunks], dim=1
+            [checkpoint(logprobs, *part, use_reentrant=False) for part in parts], dim=1
         )
 
     def next_logits(

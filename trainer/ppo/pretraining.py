@@ -49,11 +49,15 @@ class Mix:
         self._taken += 1
         tokens = torch.tensor([self._rows.ids[i] for i in picked], device=self._device.torch)
         width = tokens.shape[1] - 1
-        logprobs = actor(tokens, torch.ones_like(tokens), width, 1.0)
-        negative = -logprobs.sum()
+
+        def negative_sum(logprobs: Tensor, columns: slice) -> Tensor:
+            return -logprobs.sum().view(1)
+
+        (negative,) = actor(tokens, torch.ones_like(tokens), width, 1.0, negative_sum)
         in_minibatch = settings.gbs // settings.ppo.minibatches * width
         loss = settings.pretraining.coefficient * negative * ranks / in_minibatch
-        return loss, torch.stack([negative.detach(), torch.tensor(logprobs.numel()).to(negative)])
+        seen = torch.tensor(tokens[:, 1:].numel()).to(negative)
+        return loss, torch.stack([negative.detach(), seen])
 
     def state(self) -> dict[str, int]:
         """How many rows all ranks have taken."""

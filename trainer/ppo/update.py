@@ -73,17 +73,22 @@ def update(
 def _policy_loss(
     actor: DeepSpeedEngine, micro: Experience, settings: Settings
 ) -> formulas.PolicyLoss:
-    logprobs = actor(
-        micro.sequences, micro.attention_mask, micro.answer_width, settings.generation.temperature
-    )
-    rest = (micro.advantages, micro.answer_mask, settings.ppo.clip_range)
-    if not micro.recorded:
-        return formulas.policy_loss(logprobs, micro.logprobs, *rest)
-    # What trains is what sampled, so the ratio is 1. By how much the two forwards round apart is
-    # not to be learnt from, but shown: it says whether the log-probs were recorded well.
-    loss = formulas.policy_loss(logprobs, logprobs.detach(), *rest)
-    apart = formulas.policy_loss(logprobs.detach(), micro.logprobs, *rest)
-    return loss._replace(ratio=apart.ratio, kl=apart.kl)
+    def loss(logprobs: Tensor, columns: slice) -> Tensor:
+        old, advantages, mask = (
+            part[:, columns] for part in (micro.logprobs, micro.advantages, micro.answer_mask)
+        )
+        rest = (advantages, mask, settings.ppo.clip_range)
+        if not micro.recorded:
+            return torch.stack(formulas.policy_loss(logprobs, old, *rest))
+        # What trains is what sampled, so the ratio is 1. By how much the two forwards round apart
+        # is not to be learnt from, but shown: it says whether the log-probs were recorded well.
+        sums = formulas.policy_loss(logprobs, logprobs.detach(), *rest)
+        apart = formulas.policy_loss(logprobs.detach(), old, *rest)
+        return torch.stack(sums._replace(ratio=apart.ratio, kl=apart.kl))
+
+    temperature = settings.generation.temperature
+    sums = actor(micro.sequences, micro.attention_mask, micro.answer_width, temperature, loss)
+    return formulas.PolicyLoss(*sums)
 
 
 def _value_loss(critic: DeepSpeedEngine, micro: Experience, settings: Settings) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from storages import Made
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -416,3 +417,105 @@ def test_an_update_makes_logits_once_and_nothing_else_of_their_size(
         policy(*inputs).sum().backward()
 
     assert [each for each in made.sizes if each >= size] == [2 * 61 * 512]
+
+
+def weighed(logprobs: Any, columns: slice) -> Any:
+    """A loss that is another one for each column and not linear; and how many tokens it saw."""
+    weights = torch.arange(1.0, 61)[columns] / 60 - 0.3
+    return torch.stack([(weights * logprobs.exp()).sum(), torch.tensor(float(logprobs.numel()))])
+
+
+# One whose head is its embedding, one with a head of its own, one whose head has a bias.
+HEADS = ("bloom", "llama", "phi")
+
+
+def taught(folder: Path, chunk: int, frozen: bool, dtype: str, inputs: Any) -> tuple[Any, Any]:
+    """What a loss says of a policy's answers, and its gradient, weight by weight."""
+    policy = loading.load_policy(str(folder), dtype, 0.0, chunk)
+    policy.lm.get_output_embeddings().requires_grad_(not frozen)
+    loss, seen = policy(*inputs, weighed)
+    (3 * loss).backward()
+    assert seen == 2 * 60
+    return loss.item(), {
+        name: parameter.grad
+        for name, parameter in policy.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+@pytest.mark.knob("ppo.logprob_chunk")
+@pytest.mark.parametrize("architecture", HEADS)
+@pytest.mark.parametrize(("chunk", "frozen"), [(7, False), (60, False), (99, False), (7, True)])
+def test_a_loss_in_chunks_has_the_gradient_of_one_at_once(
+    tmp_path: Path, architecture: str, chunk: int, frozen: bool, large_logits: Any
+) -> None:
+    options, inputs, _ = large_logits
+    folder = tiny.save_policy(tmp_path, architecture, **options)
+
+    loss, expected = taught(folder, 0, frozen, "fp32", inputs)
+    same, found = taught(folder, chunk, frozen, "fp32", inputs)
+
+    assert same == pytest.approx(loss, rel=1e-5)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        # Of a gradient's norm, after a hundred operations of 2^-24 each.
+        difference = float((found[name] - gradient).norm() / gradient.norm())
+        assert difference == pytest.approx(0, abs=2e-5), name
+
+
+def test_a_loss_in_chunks_in_bf16(tmp_path: Path, large_logits: Any) -> None:
+    options, inputs, _ = large_logits
+    folder = tiny.save_policy(tmp_path, "llama", **options)
+
+    _, exact = taught(folder, 0, False, "fp32", inputs)
+    _, whole = taught(folder, 0, False, "bf16", inputs)
+    _, found = taught(folder, 7, False, "bf16", inputs)
+
+    for name, gradient in exact.items():
+        assert found[name].dtype == torch.bfloat16
+        off, usual = (float((some[name] - gradient).norm()) for some in (found, whole))
+        # Nine chunks are added up, the sum being rounded by 2^-8 each time.
+        assert off < usual + 9 * 2**-8 * float(gradient.norm()), name
+
+
+def added(_: Any, one: Any, other: Any, **options: Any) -> int:
+    """Operations of a product that is added in place, by its shapes; torch counts the others."""
+    return 2 * int(one[0] * one[1] * other[1])
+
+
+@pytest.mark.parametrize("architecture", HEADS)
+def test_a_loss_in_chunks_takes_no_more_products_and_holds_the_logits_of_a_chunk(
+    tmp_path: Path, architecture: str, large_logits: Any
+) -> None:
+    options, inputs, size = large_logits
+    folder = str(tiny.save_policy(tmp_path, architecture, **options))
+    products = []
+    for chunk in (0, 15):
+        policy = loading.load_policy(folder, "fp32", 0.0, chunk)
+        counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: added})
+        with counter:
+            policy(*inputs, weighed)[0].backward()
+        products.append(counter.get_total_flops())
+    with Made() as training:
+        policy(*inputs, weighed)[0].backward()
+    with Made() as scoring, torch.no_grad():
+        policy(*inputs)
+
+    # All at once, the logits of one column more are made, which predict nothing.
+    column = 3 * 2 * 2 * 512 * 32
+    assert products[1] == products[0] - column
+    for made in (training, scoring):
+        assert max(made.sizes) < size
+        assert made.sizes.count(size // 4) == 4
+
+
+def test_the_gradient_of_a_loss_in_chunks_is_taken_once(tmp_path: Path, large_logits: Any) -> None:
+    options, inputs, _ = large_logits
+    folder = tiny.save_policy(tmp_path, "llama", **options)
+    policy = loading.load_policy(str(folder), "fp32", 0.0, 15)
+    loss, _ = policy(*inputs, weighed)
+
+    loss.backward(retain_graph=True)
+
+    with pytest.raises(RuntimeError, match="can be taken once"):
+        loss.backward()
