@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -87,10 +88,14 @@ def trained(
     )
     # With texts to go on learning from, a micro batch of them follows each of the actor's own.
     mixed = is_actor and settings.pretraining.path is not None
+    clipping = settings.optimizer.gradient_clipping
+    if own.zero_stage == 0 and settings.dtype == "fp32":
+        optimizer.register_step_pre_hook(partial(_clip, clipping))
+        clipping = 0.0
     config = _config(settings, own.zero_stage) | {
         "train_batch_size": settings.gbs // settings.ppo.minibatches * (2 if mixed else 1),
         "train_micro_batch_size_per_gpu": settings.mbs,
-        "gradient_clipping": settings.optimizer.gradient_clipping,
+        "gradient_clipping": clipping,
         # torch's own AdamW rather than DeepSpeed's, which would be compiled at the first start.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -160,21 +165,23 @@ def descend(engine: DeepSpeedEngine, loss: Tensor) -> bool:
     """
     engine.backward(loss, scale_wrt_gas=False)
     last = engine.is_gradient_accumulation_boundary()
-    if last and isinstance(engine.optimizer, torch.optim.Optimizer):
-        _check_overflow(engine)
     engine.step()
     return not last or engine.was_step_applied()
 
 
-def _check_overflow(engine: DeepSpeedEngine) -> None:
-    """What DeepSpeed's own optimizers do, for the plain one that it takes in fp32 without ZeRO.
+def _clip(clipping: float, optimizer: Any, *_: Any) -> None:
+    """Before a step of the plain optimizer, in fp32 without ZeRO, what DeepSpeed's own ones do.
 
-    The gradients are those of all ranks by now, so all ranks find the same.
+    DeepSpeed would only clip for it, whatever the gradients are, and fails where none is left. They
+    are those of all ranks by now, so all ranks find the same.
+
+    Args:
+        clipping: largest norm, 0 for any.
     """
-    parameters = [p for p in engine.module.parameters() if p.grad is not None]
-    norm = nn.utils.clip_grad_norm_(parameters, math.inf)
-    engine.optimizer.overflow = not bool(norm.isfinite())
-    if engine.optimizer.overflow:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.clip_grad_norm_(parameters, clipping or math.inf)
+    optimizer.overflow = not bool(norm.isfinite())
+    if optimizer.overflow:
         for parameter in parameters:
             parameter.grad = None  # AdamW leaves such a parameter as it is
 

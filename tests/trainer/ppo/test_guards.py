@@ -73,6 +73,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing(
         f"critic.zero_stage={stage}",
         f"dtype={dtype}",
         "mbs=2",
+        "optimizer.gradient_clipping=1",
         f"optimizer.offload={offload}",
         # Without ZeRO, and beside offloaded states below ZeRO 3, there is no choice.
         *(flags if stage == 3 or (stage and not offload) else []),
