@@ -137,7 +137,11 @@ class Trained(Group):
     cp_act: bool = Field(
         False, description="Activation checkpointing: less memory, more computation."
     )
-    zero_stage: ZeroStage = Field(1, description="DeepSpeed ZeRO stage.")
+    zero_stage: ZeroStage = Field(
+        1,
+        description="DeepSpeed ZeRO stage. In fp32 on one device 1 and 2 are 0, which takes less "
+        "memory there, unless `optimizer.offload` is on.",
+    )
 
 
 class Actor(Trained):

@@ -106,8 +106,9 @@ CASES = {
     "micro batches of 2": (same, ["mbs=2"]),
     "micro batches of 1 as wide as all": (same, ["mbs=1", "ppo.trim=false"]),
     "micro batches of 2 as wide as all": (same, ["mbs=2", "ppo.trim=false"]),
-    "ZeRO 1": (same, ["actor.zero_stage=1", "critic.zero_stage=1"]),
-    "ZeRO 2": (same, ["actor.zero_stage=2", "critic.zero_stage=2"]),
+    # One rank alone goes without these two, unless the optimizer's states lie elsewhere.
+    "ZeRO 1": (same, ["actor.zero_stage=1", "critic.zero_stage=1", "optimizer.offload=1"]),
+    "ZeRO 2": (same, ["actor.zero_stage=2", "critic.zero_stage=2", "optimizer.offload=1"]),
     "ZeRO 3": (same, ["actor.zero_stage=3", "critic.zero_stage=3"]),
     "7 columns more on the left": (padded_more(7, 0), ["ppo.trim=false"]),
     "5 columns more on the right": (padded_more(0, 5), ["ppo.trim=false"]),

@@ -88,11 +88,16 @@ def trained(
     )
     # With texts to go on learning from, a micro batch of them follows each of the actor's own.
     mixed = is_actor and settings.pretraining.path is not None
+    stage = own.zero_stage
+    if settings.world_size == 1 and settings.dtype == "fp32" and stage < 3 and not offload:
+        # A lone rank has nobody to share with. ZeRO 1 and 2 would keep its weights and gradients
+        # twice, in fp32 both, for the same numbers. In bf16 their second copy is the one in fp32.
+        stage = 0
     clipping = settings.optimizer.gradient_clipping
-    if own.zero_stage == 0 and settings.dtype == "fp32":
+    if stage == 0 and settings.dtype == "fp32":
         optimizer.register_step_pre_hook(partial(_clip, clipping))
         clipping = 0.0
-    config = _config(settings, own.zero_stage) | {
+    config = _config(settings, stage) | {
         "train_batch_size": settings.gbs // settings.ppo.minibatches * (2 if mixed else 1),
         "train_micro_batch_size_per_gpu": settings.mbs,
         "gradient_clipping": clipping,
@@ -101,7 +106,7 @@ def trained(
         "zero_force_ds_cpu_optimizer": False,
     }
     if settings.dtype == "bf16" and settings.optimizer.grad_accum_dtype == "fp32":
-        if own.zero_stage == 1 and not hasattr(bf16_optimizer, "is_invalid_grad_norm"):
+        if stage == 1 and not hasattr(bf16_optimizer, "is_invalid_grad_norm"):
             raise TrainerError(
                 f"this DeepSpeed ({deepspeed.__version__}) would not skip a gradient that is not "
                 "finite where it adds up in fp32 with ZeRO 1: set ZeRO 2, or "
