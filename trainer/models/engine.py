@@ -94,7 +94,8 @@ def trained(
         # twice, in fp32 both, for the same numbers. In bf16 their second copy is the one in fp32.
         stage = 0
     clipping = settings.optimizer.gradient_clipping
-    if stage == 0 and settings.dtype == "fp32":
+    plain = stage == 0 and settings.dtype == "fp32"
+    if plain:
         optimizer.register_step_pre_hook(partial(_clip, clipping))
         clipping = 0.0
     config = _config(settings, stage) | {
@@ -134,6 +135,9 @@ def trained(
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, lr_scheduler=schedule, config=config
         )
+    if plain and settings.world_size == 1:
+        # It would copy all gradients to a buffer, add those of nobody, and copy them back.
+        engine.enable_backward_allreduce = False
     # DeepSpeed keeps one group of ranks for hpZ, and every later model would have it too.
     rank_groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
     return engine
@@ -184,6 +188,9 @@ def _clip(clipping: float, optimizer: Any, *_: Any) -> None:
         clipping: largest norm, 0 for any.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for parameter in parameters:
+        if parameter.grad is None:  # moments and decay move what no loss has reached
+            parameter.grad = torch.zeros_like(parameter)
     norm = nn.utils.clip_grad_norm_(parameters, clipping or math.inf)
     optimizer.overflow = not bool(norm.isfinite())
     if optimizer.overflow:

@@ -158,6 +158,43 @@ def test_a_lone_rank_in_fp32_holds_nothing_twice(
 
 
 @pytest.mark.usefixtures("one_rank")
+def test_a_lone_rank_copies_no_gradients_for_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = tiny.settings("mbs=1", "gbs=1")
+    model = policy(tmp_path)
+    trained = engine.trained(model, settings.actor, settings, tiny.cpu(settings), 10)
+    shared: list[Any] = []
+    monkeypatch.setattr(trained, "flatten", shared.append)
+
+    assert engine.descend(trained, loss_of(trained, ROWS[:1]))
+
+    assert not shared
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_moments_and_decay_move_a_weight_that_no_loss_has_reached(tmp_path: Path) -> None:
+    """As an expert that no token was sent to, however many ranks there are."""
+    settings = tiny.settings(
+        *("mbs=2", "gbs=2", "num_warmup_steps=0", "optimizer.lr_scheduler=constant"),
+        *("actor.learning_rate=0.01", "actor.weight_decay=0.5", "optimizer.gradient_clipping=0"),
+    )
+    model = policy(tmp_path)
+    gradients = given_gradients(model)[:2]
+    gradients[1][1:] = [torch.zeros_like(gradient) for gradient in gradients[1][1:]]
+    options = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.5}
+    expected = by_plain_adamw(model, gradients, options, None, [1, 1])
+
+    trained = engine.trained(model, settings.actor, settings, tiny.cpu(settings), 2)
+    engine.descend(trained, linear(trained.module, gradients[0]))
+    first = next(trained.module.parameters())
+    engine.descend(trained, (first * gradients[1][0]).sum())
+
+    for name, value in engine.whole_weights(trained).items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=ADAMW_ROUNDING)
+
+
+@pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
 def test_gradients_get_as_much_room_as_they_need(tmp_path: Path, zero_stage: int) -> None:
     settings = tiny.settings(f"actor.zero_stage={zero_stage}", "dtype=bf16")
