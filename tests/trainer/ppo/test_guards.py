@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks
 import tiny
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from tiny import one_rank  # noqa: F401
 from updates import load, made, settings_with
 
 from hlrlhf.trainer.errors import TrainerError
-from hlrlhf.trainer.models import engine
+from hlrlhf.trainer.models import engine, loading
 from hlrlhf.trainer.ppo import experience
 from hlrlhf.trainer.ppo.guards import Guard
 from hlrlhf.trainer.ppo.update import update
@@ -110,6 +112,36 @@ def test_a_gradient_that_is_not_finite_moves_nothing(
         expected = engine.whole_weights(other)
         for name, value in engine.whole_weights(model).items():
             torch.testing.assert_close(value, expected[name], msg=name)
+
+
+def spoiled_on_the_second(folder: Path, stages: list[int]) -> list[tuple[bool, bool, bool]]:
+    """For each ZeRO stage whether a step was taken that one rank spoils, whether it has moved a
+    weight, and whether the next one is taken."""
+    found = []
+    for stage in stages:
+        settings = tiny.settings(
+            *("mbs=1", "gbs=2", "devices_per_node=2", "optimizer.gradient_clipping=1"),
+            *(f"actor.zero_stage={stage}", f"critic.zero_stage={stage}"),
+        )
+        policy = loading.load_policy(str(folder), "fp32", 0.0)
+        actor = engine.trained(policy, settings.actor, settings, tiny.cpu(settings), 10)
+        before = engine.whole_weights(actor)
+        ids, mask = tiny.padded([[1, 5, 6, 7]])
+        share = math.inf if dist.get_rank() else 1.0
+        taken = engine.descend(actor, actor(ids, mask, 2, 1.0).sum() * share)
+        after = engine.whole_weights(actor)
+        moved = any(not value.equal(before[name]) for name, value in after.items())
+        found.append((taken, moved, engine.descend(actor, actor(ids, mask, 2, 1.0).sum())))
+    return found
+
+
+def test_nor_does_one_of_another_rank(tmp_path: Path) -> None:
+    """In fp32, where a lone rank goes without ZeRO 1 and 2."""
+    tiny.save_policy(tmp_path, "llama")
+
+    found = ranks.together(2, spoiled_on_the_second, tmp_path, [0, 1, 2, 3])
+
+    assert found == [[(False, False, True)] * 4] * 2
 
 
 @pytest.mark.knob("guard.max_skipped")
