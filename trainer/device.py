@@ -131,6 +131,10 @@ class Device:
         """AdamW in its fastest form that needs no compiler, here or on the host's processors."""
         return torch.optim.AdamW(groups, fused=True, **options)
 
+    def pinned(self, tensor: Tensor) -> Tensor:
+        """A tensor in host memory as the device reads it fastest; itself where that is as it is."""
+        return tensor
+
     def synchronize(self) -> None:
         """Wait until all work is done, so that a clock tells the truth."""
 
@@ -206,6 +210,9 @@ class Cuda(Device):
             graph.replay()
 
         return take
+
+    def pinned(self, tensor: Tensor) -> Tensor:
+        return tensor.pin_memory()
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()

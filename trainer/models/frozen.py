@@ -63,11 +63,18 @@ class Copy:
 
 
 class InHostMemory(Copy):
-    """A whole copy that is on the device while it scores or generates, and in host memory else."""
+    """A whole copy that is on the device while it scores or generates, and in host memory else.
+
+    Its weights never change, so none is ever copied back: the device lets go of its own.
+    """
 
     def __init__(self, model: Policy | Scorer, device: Device):
         super().__init__(model.cpu())
         self._device = device.torch
+        tensors = [*model.parameters(), *model.buffers()]
+        for tensor in tensors:
+            tensor.data = device.pinned(tensor.data)
+        self._host = [(tensor, tensor.detach()) for tensor in tensors]
         self._here = False
 
     @contextlib.contextmanager
@@ -75,12 +82,14 @@ class InHostMemory(Copy):
         if self._here:
             yield
             return
-        self.module.to(self._device)
         self._here = True
         try:
+            for tensor, host in self._host:
+                tensor.data = host.to(self._device, non_blocking=True)
             yield
         finally:
-            self.module.cpu()
+            for tensor, host in self._host:
+                tensor.data = host
             self._here = False
 
 

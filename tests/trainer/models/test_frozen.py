@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import pytest
 import tiny
 import torch
 from tiny import EOS, one_rank  # noqa: F401
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hlrlhf.trainer.decoding.decoder import Sampling
 from hlrlhf.trainer.decoding.plain import Plain
@@ -251,53 +253,110 @@ def test_a_copy_only_scores(make: Callable[..., Case], stage: int) -> None:
     assert not model.training
 
 
-# Host memory. Here it is the device's memory too, so what shows is the order of the moves.
+# Host memory. Another device is float64 here: what goes there is copied, and computes there.
 
 
-class Recorded(forwards.Policy):
-    """A policy that tells where it is sent and when it runs."""
+class Copied(TorchDispatchMode):
+    """Counts copies of tensors, and fails where one is written to.
 
-    def __init__(self, lm: Any):
-        super().__init__(lm)
-        self.calls: list[str] = []
+    Args:
+        tensors: that lie in host memory.
+        room: how many the device has room for.
+    """
 
-    def to(self, place: Any) -> Any:
-        self.calls.append(str(place))
-        return super().to(place)
+    def __init__(self, tensors: list[Any], room: float = math.inf):
+        super().__init__()
+        self._where = {tensor.data_ptr() for tensor in tensors}
+        self._room = room
+        self.count = 0
 
-    def cpu(self) -> Any:
-        self.calls.append("host")
-        return super().cpu()
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        ours = args and isinstance(args[0], torch.Tensor) and args[0].data_ptr() in self._where
+        if ours and func is torch.ops.aten._to_copy.default:
+            self.count += 1
+            if self.count > self._room:
+                raise MemoryError("no room")
+        assert not (ours and func is torch.ops.aten.copy_.default)
+        return func(*args, **(kwargs or {}))
 
-    def forward(self, *inputs: Any) -> Any:
-        self.calls.append("forward")
-        return super().forward(*inputs)
+
+def tensors(model: Any) -> list[Any]:
+    return [*model.module.parameters(), *model.module.buffers()]
 
 
 @pytest.mark.knob("reference.offload")
-def test_a_reference_in_host_memory_comes_for_a_whole_rollout(make: Callable[..., Case]) -> None:
-    case = make("llama", 0, "reference.offload=true")
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])  # BLOOM knows no float64
+def test_a_reference_in_host_memory_is_copied_once_for_a_whole_rollout(
+    make: Callable[..., Case], architecture: str
+) -> None:
+    """To the device, and never back."""
+    case = make(architecture, 0, "reference.offload=true")
     assert case.settings.per_device_batch_size > case.settings.mbs, "several micro batches"
     actor, critic, _ = case.load()
     plain, reward = case.copies()
-    model = Recorded(loading.load_policy(case.settings.actor.model_path, "fp32", 0.0).lm)
-    reference = frozen.copy(model, 0, case.settings, case.device, in_host_memory=True)
-    assert model.calls == ["host"]
-    model.calls.clear()
+    plain.module.double()
+    elsewhere = case.device
+    elsewhere.torch = torch.float64
+    elsewhere.pinned = torch.clone
+    model = loading.load_policy(case.settings.actor.model_path, "fp32", 0.0)
+    before = [tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())]
 
-    found = scored(case, actor, critic, reference, reward)
+    reference = frozen.copy(model, 0, case.settings, elsewhere, in_host_memory=True)
 
+    assert tied(reference.module) == tied(plain.module)
+    where = [tensor.data_ptr() for tensor in tensors(reference)]
+    assert not set(where) & set(before), "they are those that the device reads fastest"
+    with Copied(tensors(reference)) as copied:
+        found = scored(case, actor, critic, reference, reward)
+    expected = torch.where(found.answer_mask, says(plain), 0).float()
     # Batches of another size are multiplied in another order where there are several threads.
-    torch.testing.assert_close(
-        found.reference, torch.where(found.answer_mask, says(plain), 0), rtol=1e-5, atol=1e-5
-    )
-    assert model.calls == ["cpu", "forward", "forward", "host"]
-    model.calls.clear()
-    assert answers(reference, case) == answers(plain, case)
-    assert model.calls == ["cpu", "host"]
-    model.calls.clear()
-    assert says(reference).equal(says(plain))
-    assert model.calls == ["cpu", "forward", "host"]
+    torch.testing.assert_close(found.reference, expected, rtol=1e-6, atol=1e-6)
+    assert copied.count == len(where)
+    with Copied(tensors(reference)) as copied:
+        assert answers(reference, case) == answers(plain, case)
+    assert copied.count == len(where)
+    with Copied(tensors(reference)) as copied:
+        assert says(reference).equal(says(plain))
+    assert copied.count == len(where)
+    assert [tensor.data_ptr() for tensor in tensors(reference)] == where
+    assert all(tensor.dtype != torch.float64 for tensor in tensors(reference))
+
+
+def tied(model: Any) -> bool:
+    return model.lm.get_input_embeddings().weight is model.lm.get_output_embeddings().weight
+
+
+@pytest.mark.knob("reference.offload")
+def test_where_host_and_device_are_one_nothing_is_copied(make: Callable[..., Case]) -> None:
+    case = make("llama", 0, "reference.offload=true")
+    model = loading.load_policy(case.settings.actor.model_path, "fp32", 0.0)
+    before = [tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())]
+    reference = frozen.copy(model, 0, case.settings, case.device, in_host_memory=True)
+
+    with reference.ready():
+        assert [tensor.data_ptr() for tensor in tensors(reference)] == before
+
+
+@pytest.mark.knob("reference.offload")
+def test_a_device_without_room_leaves_a_reference_in_host_memory(
+    make: Callable[..., Case],
+) -> None:
+    case = make("llama", 0, "reference.offload=true")
+    model = loading.load_policy(case.settings.actor.model_path, "fp32", 0.0)
+    elsewhere = case.device
+    elsewhere.torch = torch.float64
+    reference = frozen.copy(model, 0, case.settings, elsewhere, in_host_memory=True)
+
+    with (
+        Copied(tensors(reference), room=3),
+        pytest.raises(MemoryError),
+        reference.ready(),
+    ):
+        pass
+
+    assert all(tensor.dtype != torch.float64 for tensor in tensors(reference))
+    with reference.ready():
+        assert all(tensor.dtype == torch.float64 for tensor in tensors(reference))
 
 
 @pytest.mark.knob("reference.offload")
