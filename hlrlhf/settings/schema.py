@@ -235,8 +235,8 @@ class Ema(Group):
 
     enabled: bool = Field(
         False,
-        description="Average the actor's trained weights in fp32, in host memory, and save the "
-        "average as actor-ema.",
+        description="Average the actor's trained weights in fp32, and save the average as "
+        "actor-ema. It takes 4 bytes for each trained parameter, shared by the devices.",
     )
     decay: Fraction = Field(0.992, description="Decay of the moving average per optimizer step.")
 
