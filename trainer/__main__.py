@@ -86,11 +86,9 @@ def main(attempt: Attempt) -> Outcome:
 
 
 def _quieten() -> None:
-    """Keep the libraries' bars and their warnings to each other out of the log."""
-    import datasets
+    """Keep transformers' bars and the libraries' warnings to each other out of the log."""
     import transformers
 
-    datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     # They call each other by names that are about to change.
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -8,12 +8,14 @@ import reprlib
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
-
-from datasets import Dataset, DatasetDict, load_dataset, load_dataset_builder, load_from_disk
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from hlrlhf.trainer.data import faults
 from hlrlhf.trainer.errors import TrainerError
+
+# Imported where it reads: rank 0 alone does, and pyarrow and pandas with it take 90 MB.
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
@@ -96,6 +98,9 @@ def _column(
 
 
 def _open(path: str, split: str, cache: str) -> Dataset:
+    from datasets import DatasetDict, disable_progress_bars, load_dataset, load_from_disk
+
+    disable_progress_bars()
     local = Path(path)
     if not local.exists():
         return load_dataset(path, split=split)
@@ -128,6 +133,8 @@ def _files(path: str, split: str) -> list[str]:
     folder = Path(path)
     if not folder.is_dir() or _saved(folder):
         return []
+    from datasets import load_dataset_builder
+
     try:
         files = load_dataset_builder(path).config.data_files[split]
     except Exception:  # it may be what failed in the first place
