@@ -78,9 +78,9 @@ class Average:
         total, size = _size(parameter)
         part = torch.zeros(size, device=self._engine.device)
         part[: len(self._averages[parameter])] = self._averages[parameter]
-        whole = part.new_empty(size * dist.get_world_size())
-        dist.all_gather(list(whole.split(size)), part)
-        return whole[:total]
+        whole = part.new_empty(dist.get_world_size(), size)
+        dist.all_gather(list(whole), part)
+        return whole.view(-1)[:total]
 
 
 def _size(parameter: Any) -> tuple[int, int]:
