@@ -164,18 +164,20 @@ def _config(path: str, dropout: float) -> PretrainedConfig:
 
 def _step2(path: str, config: PretrainedConfig, dtype: str) -> PreTrainedModel:
     weights = read_weights(Path(path))
+    config.num_labels = 1
     try:
-        config.num_labels = 1
-        classifier = AutoModelForSequenceClassification.from_config(
-            config, trust_remote_code=False, **_dtype(dtype)
-        )
-        prefix = classifier.base_model_prefix
+        with torch.device("meta"):
+            empty = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+        prefix = empty.base_model_prefix
         renamed = {_from_step2(name, prefix): value for name, value in weights.items()}
-        missing, unexpected = classifier.load_state_dict(renamed, strict=False)
+        # Weights are those of the file, mapped; a whole model would have been drawn for them.
+        classifier, report = type(empty).from_pretrained(
+            None, config=config, state_dict=renamed, output_loading_info=True, **_dtype(dtype)
+        )
     except UNREADABLE as error:
         raise TrainerError(f"{path}: its step-2 weights cannot be loaded: {error}") from error
     shapes = {name: value.shape for name, value in renamed.items()}
-    check_names(path, missing, unexpected, shapes)
+    check_names(path, report["missing_keys"], report["unexpected_keys"], shapes)
     return classifier
 
 

@@ -228,6 +228,7 @@ def add(kind: str, folder: Path, prefix: str, more: dict[str, Any]) -> None:
         source = folder / "pytorch_model.bin"
         weights = torch.load(source, weights_only=True)
         weights |= {f"rwtransformer.{name}": value for name, value in more.items()}
+        source.unlink()  # models that were loaded from it are still mapped there
         torch.save(weights, source)
     else:
         source = folder / "model.safetensors"
@@ -259,6 +260,20 @@ def test_a_learnt_bias_under_a_buffers_name_is_a_weight(tmp_path: Path, architec
 
         with pytest.raises(TrainerError, match=rf"it has {prefix}\.{re.escape(name)}, which the"):
             load(kind, folder)
+
+
+@pytest.mark.parametrize("kind", ["policy", "hf", "step2"])
+def test_weights_stay_in_the_file_that_the_ranks_of_a_node_share(tmp_path: Path, kind: str) -> None:
+    model = load(kind, formats(tmp_path, "llama")[kind])
+
+    files = {}
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, *_, name = line.split(maxsplit=5)
+        begin, end = (int(address, 16) for address in span.split("-"))
+        files[range(begin, end)] = name
+    for name, parameter in model.named_parameters():
+        (file,) = [file for span, file in files.items() if parameter.data_ptr() in span]
+        assert file.startswith(str(tmp_path)), name
 
 
 # 3. Dropout.
