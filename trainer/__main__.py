@@ -26,6 +26,11 @@ from hlrlhf.settings.errors import printable
 from hlrlhf.settings.layers import load
 from hlrlhf.trainer.errors import HungError, TrainerError, is_of_node
 
+# Read by torch when it first takes memory: large tensors lie in huge pages, where Linux leaves the
+# choice to programs. In small ones the first write to each page of each tensor is a fault, which on
+# processors takes up to a fifth of a step.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
 # How long the end of another rank may take to be known, in seconds.
 _WORD = 2.0
 

@@ -747,3 +747,16 @@ def read_terminal(terminal: int) -> str:
         except OSError:
             os.close(terminal)
             return text.decode()
+
+
+def test_large_tensors_lie_in_huge_pages_where_torch_can_take_them() -> None:
+    """torch reads the variable when it first takes memory, so it has to be there before."""
+    asked = (
+        "import os, sys; import hlrlhf.trainer.__main__; "
+        "print('torch' in sys.modules, os.environ['THP_MEM_ALLOC_ENABLE'])"
+    )
+    for given, expected in (({}, "1"), ({"THP_MEM_ALLOC_ENABLE": "0"}, "0")):
+        environ = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"} | given
+        words = [sys.executable, "-c", asked]
+        done = subprocess.run(words, env=environ, capture_output=True, text=True, check=True)
+        assert done.stdout.split() == ["False", expected]
