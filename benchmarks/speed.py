@@ -202,9 +202,8 @@ def train(side: Side, flags: list[str], folder: Path) -> list[dict[str, Any]]:
     return [record for line in lines if (record := json.loads(line))["step"] > 1]
 
 
-def measure(name: str, folder: Path, steps: int, pairs: int) -> dict[str, Any]:
+def measure(name: str, workload: Workload, folder: Path, steps: int, pairs: int) -> dict[str, Any]:
     """Both sides of a workload, in turn, so that neither has the quieter half of the time."""
-    workload = WORKLOADS[name]
     sides = (workload.first, workload.second)
     steps_of: list[list[dict[str, Any]]] = [[], []]
     for pair in range(pairs):
@@ -265,6 +264,16 @@ def processor() -> str:
     return platform.processor()
 
 
+def where() -> str:
+    """What was measured on."""
+    return f"{len(os.sched_getaffinity(0))} cores of {processor()}, torch {torch.__version__}"
+
+
+def write(file: Path, report: dict[str, Any]) -> None:
+    """A report as JSON, with what it was measured on."""
+    file.write_text(json.dumps({"machine": where()} | report, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     """Make the models, measure, tell."""
     parser = argparse.ArgumentParser(
@@ -281,11 +290,9 @@ def main() -> None:
         make(asked.folder / "models" / shape, shape)
     measured = []
     for name in names:
-        measured.append(measure(name, asked.folder, asked.steps, asked.pairs))
-        machine = {"processor": processor(), "cores": len(os.sched_getaffinity(0))}
-        report = {"machine": machine, "torch": torch.__version__, "measured": measured}
-        (asked.folder / "speed.json").write_text(json.dumps(report, indent=1) + "\n")
-    print(f"{machine['cores']} cores of {machine['processor']}, torch {torch.__version__}\n")
+        measured.append(measure(name, WORKLOADS[name], asked.folder, asked.steps, asked.pairs))
+        write(asked.folder / "speed.json", {"measured": measured})
+    print(f"{where()}\n")
     print("\n".join(table(measured)))
 
 

@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 
 from hlrlhf.settings import Settings
 from hlrlhf.trainer.device import Device
+from hlrlhf.trainer.models.engine import gathered
 from hlrlhf.trainer.models.forwards import Placed
 
 
@@ -73,6 +74,7 @@ def _rounded_up(width: int, multiple: int) -> int:
     return max(1, -(-width // multiple)) * multiple
 
 
+@torch.no_grad()
 def outputs(
     model: Placed,
     sequences: Tensor,
@@ -82,7 +84,7 @@ def outputs(
     device: Device,
     *further: float,
 ) -> Tensor:
-    """What a model says of a batch, micro batch by micro batch.
+    """What a model says of a batch, micro batch by micro batch; all ranks have to call it.
 
     Args:
         model: an engine around a `forwards.Policy` or `forwards.Scorer`, or see `frozen`.
@@ -96,9 +98,12 @@ def outputs(
     """
     parts = micro_batches(attention_mask, answer_width, settings, device)
     found = []
-    for part in parts:
-        inputs = (sequences[part.rows, part.columns], attention_mask[part.rows, part.columns])
-        width = part.answers.stop
-        found.append(pad(model(*inputs, width, *further), (0, answer_width - width)))
-        device.step_done()
+    # Under ZeRO-3 brought together once, rather than layer by layer for each micro batch; as much
+    # memory as a rollout takes.
+    with gathered(model):
+        for part in parts:
+            inputs = (sequences[part.rows, part.columns], attention_mask[part.rows, part.columns])
+            width = part.answers.stop
+            found.append(pad(model(*inputs, width, *further), (0, answer_width - width)))
+            device.step_done()
     return torch.cat(found)[torch.cat([part.rows for part in parts]).argsort()]
