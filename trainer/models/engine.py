@@ -61,7 +61,7 @@ def trained(
     """A DeepSpeed engine around a model that trains.
 
     Args:
-        model: on any device; the engine moves it.
+        model: in host memory; the engine moves it.
         own: the model's own settings.
         updates: optimizer steps of the whole run, the length of the schedule.
 
@@ -132,6 +132,8 @@ def trained(
             + settings.generation.max_new_tokens,
         }
     with _exact_buffers(model):
+        if stage == 3:
+            _partition(model, config, device)
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, lr_scheduler=schedule, config=config
         )
@@ -144,12 +146,12 @@ def trained(
 
 
 def partitioned(
-    model: Policy | Scorer, settings: Settings, in_host_memory: bool
+    model: Policy | Scorer, settings: Settings, device: Device, in_host_memory: bool
 ) -> DeepSpeedEngine:
     """A ZeRO-3 engine around a model that does not train.
 
     Args:
-        model: on any device.
+        model: in host memory.
         in_host_memory: whether each rank's part lies there rather than on the device.
     """
     config = _config(settings, 3) | {
@@ -159,9 +161,22 @@ def partitioned(
     if in_host_memory:
         config["zero_optimization"]["offload_param"] = {"device": "cpu"}
     with _exact_buffers(model):
+        _partition(model, config, device)
         engine, *_ = deepspeed.initialize(model=model, config=config)
     engine.eval()
     return engine
+
+
+def _partition(model: nn.Module, config: dict[str, Any], device: Device) -> None:
+    """Give each rank its part of each weight, one weight after the other, under ZeRO-3.
+
+    DeepSpeed would bring the whole model to the device first, where it may have no room.
+    """
+    dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)  # adapters are in fp32 at first
+    deepspeed.zero.Init(module=model, config_dict_or_path=config)
+    model.to(device.torch)  # the buffers, by now
 
 
 def descend(engine: DeepSpeedEngine, loss: Tensor) -> bool:

@@ -207,5 +207,5 @@ def copy(
     """
     model.requires_grad_(False).eval()
     if zero_stage == 3:
-        return Copy(engine.partitioned(model, settings, in_host_memory))
+        return Copy(engine.partitioned(model, settings, device, in_host_memory))
     return InHostMemory(model, device) if in_host_memory else Copy(model.to(device.torch))

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import pytest
 import tiny
 import torch
@@ -155,6 +156,39 @@ def test_a_lone_rank_in_fp32_holds_nothing_twice(
         p.data_ptr() for group in trained.basic_optimizer.param_groups for p in group["params"]
     }
     assert (moved == {p.data_ptr() for p in model.parameters()}) is (found == 0)
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("trains", [True, False])
+def test_under_zero_3_no_device_ever_holds_a_whole_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trains: bool, dtype: str
+) -> None:
+    """DeepSpeed brings what is whole there, so nothing may be when it begins."""
+    settings = tiny.settings("actor.zero_stage=3", "lora.dim=2", f"dtype={dtype}")
+    model = loading.load_policy(str(tiny.save_policy(tmp_path, "llama")), dtype, 0.0)
+    lora.add_adapters(model, settings)
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    before: list[int] = []
+    initialize = deepspeed.initialize
+
+    def recorded(**arguments: Any) -> Any:
+        before.extend(parameter.numel() for parameter in arguments["model"].parameters())
+        return initialize(**arguments)
+
+    monkeypatch.setattr(deepspeed, "initialize", recorded)
+
+    made = (
+        engine.trained(model, settings.actor, settings, tiny.cpu(settings), 10)
+        if trains
+        else engine.partitioned(model, settings, tiny.cpu(settings), in_host_memory=False)
+    )
+
+    assert before == [0] * len(sizes)
+    assert [parameter.ds_numel for parameter in made.module.parameters()] == sizes
+    assert {parameter.ds_tensor.dtype for parameter in made.module.parameters()} == {
+        loading.DTYPES[dtype]
+    }
 
 
 @pytest.mark.usefixtures("one_rank")
@@ -357,7 +391,7 @@ def over_two_nodes(folder: Path) -> list[tuple[dict[str, Any], list[str]]]:
             "actor": engine.trained(actor, settings.actor, settings, device, 10),
             "critic": engine.trained(critic, settings.critic, settings, device, 10),
         }
-        others = {"copy": engine.partitioned(copied, settings, in_host_memory=False)}
+        others = {"copy": engine.partitioned(copied, settings, device, in_host_memory=False)}
         weights = {}
         for model in trained.values():
             assert tiny.partitioned(model) >= 14, "the matrices of two layers"
