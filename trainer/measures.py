@@ -134,10 +134,7 @@ def learning_rates(models: Models) -> dict[str, float]:
 
 
 def gradient_norms(models: Models) -> dict[str, float]:
-    """Gradient norms of the last update, where DeepSpeed keeps them.
-
-    It does not in fp32 without ZeRO.
-    """
+    """Gradient norms of the last update, where they are kept."""
     norms = {}
     for role, trained in (("actor", models.actor), ("critic", models.critic)):
         if (norm := trained.get_global_grad_norm()) is not None:

@@ -202,12 +202,13 @@ def test_actor_and_critic_learn(
         assert len(moved) == len(start), role
 
 
-def test_norms_of_gradients_are_told_or_left_out_but_not_made_up(trained: Trained) -> None:
+def test_norms_of_gradients_are_told_with_and_without_zero(trained: Trained) -> None:
     alone = trained().metrics
     assert all(step["actor_gradient_norm"] > 0 for step in alone)
-    for step, expected in zip(trained(2, mbs=2, **zero(0)).metrics, alone, strict=True):
-        norm = step.get("actor_gradient_norm", expected["actor_gradient_norm"])
-        assert norm == pytest.approx(expected["actor_gradient_norm"], rel=1e-3)
+    for stage in (0, 1):
+        for step, expected in zip(trained(2, mbs=2, **zero(stage)).metrics, alone, strict=True):
+            for name in ("actor_gradient_norm", "critic_gradient_norm"):
+                assert step[name] == pytest.approx(expected[name], rel=1e-3)
 
 
 @pytest.mark.knob("actor.dropout", "critic.dropout")

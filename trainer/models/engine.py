@@ -208,6 +208,8 @@ def _clip(clipping: float, optimizer: Any, *_: Any) -> None:
             parameter.grad = torch.zeros_like(parameter)
     norm = nn.utils.clip_grad_norm_(parameters, clipping or math.inf)
     optimizer.overflow = not bool(norm.isfinite())
+    # Where DeepSpeed looks for what it tells of a step.
+    optimizer._global_grad_norm = None if optimizer.overflow else norm
     if optimizer.overflow:
         for parameter in parameters:
             parameter.grad = None  # AdamW leaves such a parameter as it is

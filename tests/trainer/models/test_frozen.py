@@ -308,7 +308,7 @@ def test_a_reference_in_host_memory_is_copied_once_for_a_whole_rollout(
     assert not set(where) & set(before), "they are those that the device reads fastest"
     with Copied(tensors(reference)) as copied:
         found = scored(case, actor, critic, reference, reward)
-    expected = torch.where(found.answer_mask, says(plain), 0).float()
+    expected = torch.where(found.answer_mask, says(plain), 0)
     # Batches of another size are multiplied in another order where there are several threads.
     torch.testing.assert_close(found.reference, expected, rtol=1e-6, atol=1e-6)
     assert copied.count == len(where)
