@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
 from hlrlhf.trainer.decoding.decoder import Sampling
 from hlrlhf.trainer.device import Device
 
+# Words whose weights are added up before the word itself is looked for.
+BLOCK = 256
+
 
 class Draw:
     """Draws as `sampling` says.
 
-    By the inverse of the cumulative distribution, in fp64: one random number a row, where
-    ``torch.multinomial`` draws one for each word of the vocabulary, and no sort. Where there is no
-    fp64, by a race: the word whose weight, divided by an exponential random number, is the largest.
+    Without a sort, and where there is fp64 with one random number a row: ``torch.multinomial``
+    draws one for each word of the vocabulary.
     """
 
     def __init__(self, sampling: Sampling, device: Device):
@@ -54,23 +57,39 @@ class Draw:
         shaped = self._truncation(None, shaped)
         if shaped is not logits:
             weights, _ = self._weights(shaped)
-        if self._has_fp64:
-            drawn = torch.rand_like(weights[:, :1]) * weights[:, -1:]
-            # The first word whose sum is above: one without probability adds nothing to it.
-            tokens = torch.searchsorted(weights, drawn, right=True)
-            tokens = tokens.clamp_(max=logits.shape[-1] - 1)
-        else:
-            tokens = (weights / torch.empty_like(weights).exponential_()).argmax(-1, keepdim=True)
+        tokens = by_inversion(weights) if self._has_fp64 else by_race(weights)
         return tokens[:, 0], (logits.gather(-1, tokens) - log_total)[:, 0]
 
     def _weights(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The words' probabilities up to a factor, added up if there is fp64, and their logsumexp.
-
-        [b, v] and [b, 1].
-        """
+        """The words' probabilities up to a factor [b, v], and the logits' logsumexp [b, 1]."""
         top = logits.amax(-1, keepdim=True)
         weights = (logits - top).exp_()
-        if self._has_fp64:
-            weights = weights.cumsum(-1, dtype=torch.float64)
-            return weights, top + weights[:, -1:].log().float()
         return weights, top + weights.sum(-1, keepdim=True).log()
+
+
+def by_inversion(weights: Tensor) -> Tensor:
+    """Words [b, 1] with probabilities in the ratio of weights [b, v], by one random number a row.
+
+    It falls into the sum of the weights, in fp64: first a block of words is found, then the word,
+    so that the words of one block alone are added up one by one.
+    """
+    blocks = pad(weights, (0, -weights.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    sums = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    drawn = torch.rand_like(sums[:, :1]) * sums[:, -1:]
+    block = _above(sums, drawn)
+    words = blocks.gather(1, block.unsqueeze(-1).expand(-1, -1, BLOCK))[:, 0]
+    within = words.cumsum(-1, dtype=torch.float64)
+    before = sums.gather(-1, block) - within[:, -1:]
+    return block * BLOCK + _above(within, drawn - before)
+
+
+def _above(sums: Tensor, drawn: Tensor) -> Tensor:
+    """The first place [b, 1] where the sum is above: what has no weight adds nothing to it."""
+    # Roundings may have led a little out of it.
+    highest = torch.nextafter(sums[:, -1:], torch.zeros_like(drawn))
+    return torch.searchsorted(sums, torch.minimum(drawn.clamp(min=0), highest), right=True)
+
+
+def by_race(weights: Tensor) -> Tensor:
+    """The same without fp64: the word whose weight by an exponential number is the largest."""
+    return (weights / torch.empty_like(weights).exponential_()).argmax(-1, keepdim=True)

@@ -80,3 +80,16 @@ def _prepare(
         model.inner.gradient_checkpointing_enable({"use_reentrant": False})
     if settings.lora.dim:
         lora.add_adapters(model, settings)
+    elif isinstance(model, Policy) and settings.device == "cpu":
+        add_sparsely(model)
+
+
+def add_sparsely(policy: Policy) -> None:
+    """Let the gradient of embeddings that are also the head's weights name the rows that it has.
+
+    It is added to the head's, which has all rows; written out it would be another tensor of the
+    vocabulary for each micro batch, of zeros but for its texts' words.
+    """
+    embeddings, head = policy.lm.get_input_embeddings(), policy.lm.get_output_embeddings()
+    if isinstance(embeddings, nn.Embedding) and head.weight is embeddings.weight:
+        embeddings.sparse = True

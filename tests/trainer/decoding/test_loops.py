@@ -20,7 +20,7 @@ from transformers.utils import import_utils
 
 from hlrlhf.trainer.decoding import choice, fixed, shrinking
 from hlrlhf.trainer.decoding.decoder import Sampling, sampling
-from hlrlhf.trainer.decoding.draw import Draw
+from hlrlhf.trainer.decoding.draw import by_inversion, by_race
 from hlrlhf.trainer.decoding.fixed import Fixed
 from hlrlhf.trainer.decoding.hybrid import Hybrid
 from hlrlhf.trainer.decoding.plain import Plain
@@ -223,22 +223,37 @@ def test_it_ends_soon_after_the_last_answer(
     assert len(read) == -(-longest // 4) * 4
 
 
-def test_by_a_race_samples_are_those_of_the_distribution() -> None:
-    """Where there is no fp64."""
-    asked, device = how()
-    device.has_fp64 = False
+@pytest.mark.parametrize("words", [5, 256, 600])
+@pytest.mark.parametrize("draw", [by_inversion, by_race])
+def test_words_are_drawn_as_often_as_they_weigh(words: int, draw: Any) -> None:
+    """In one block and in several, with words that have no weight among them and at the ends."""
     torch.manual_seed(0)
-    logits = torch.randn(1, 12) * 2
-    probabilities = logits[0].softmax(-1).double()
+    weights = torch.rand(words) ** 4
+    weights[torch.randperm(words)[: words // 3]] = 0
+    weights[[0, -1]] = 0
+    draws = 200 * words
 
-    tokens, logprobs = Draw(asked, device)(logits.expand(20_000, -1), torch.tensor(0))
+    drawn = draw(weights.expand(draws, -1))[:, 0]
 
-    expected = probabilities * 20_000
-    deviation = (torch.bincount(tokens, minlength=12) - expected) / (
-        expected * (1 - probabilities)
-    ).sqrt()
-    assert deviation.abs().max() < 5, "in fewer than one case of 100,000"
-    torch.testing.assert_close(logprobs, logits[0].log_softmax(-1)[tokens], **TOLERANCE)
+    probabilities = (weights / weights.sum()).double()
+    seen = torch.bincount(drawn, minlength=words)
+    assert seen[weights == 0].sum() == 0
+    expected = probabilities * draws
+    often = expected >= 20
+    deviation = (seen - expected)[often] / (expected * (1 - probabilities))[often].sqrt()
+    assert deviation.abs().max() < 6, "of 600 in fewer than one case of 100,000"
+
+
+@pytest.mark.parametrize("drawn", [0.0, 1 - 2**-53])
+def test_the_ends_of_the_random_numbers_fall_on_words_that_weigh_something(drawn: float) -> None:
+    weights = torch.zeros(3, 700)
+    weights[0, 300], weights[1, [100, 600]], weights[2, 257:511] = 1e-30, 0.1, 0.1
+    rand = mock.patch.object(torch, "rand_like", lambda like: torch.full_like(like, drawn))
+
+    with rand:
+        words = by_inversion(weights)
+
+    assert (weights.gather(-1, words) > 0).all()
 
 
 # Where they do not fit.

@@ -22,7 +22,7 @@ from transformers import (
 
 from hlrlhf.trainer import formulas
 from hlrlhf.trainer.errors import TrainerError
-from hlrlhf.trainer.models import forwards, loading, tokenizers
+from hlrlhf.trainer.models import forwards, loading, roles, tokenizers
 
 ROWS = [[1, 5, 6, 7, 8, 9, 2], [1, 30, 2], [1, 11, 12, 2]]
 
@@ -519,3 +519,24 @@ def test_the_gradient_of_a_loss_in_chunks_is_taken_once(tmp_path: Path, large_lo
 
     with pytest.raises(RuntimeError, match="can be taken once"):
         loss.backward()
+
+
+@pytest.mark.parametrize("chunk", [0, 2])
+@pytest.mark.parametrize("architecture", ["bloom", "gpt2", "llama"])
+def test_tied_embeddings_have_the_same_gradient_added_to_the_heads_row_by_row(
+    tmp_path: Path, architecture: str, chunk: int
+) -> None:
+    folder = tiny.save_policy(tmp_path, architecture)
+    gradients = []
+    for sparsely in (False, True):
+        policy = loading.load_policy(str(folder), "fp32", 0.0, chunk)
+        embeddings = policy.lm.get_input_embeddings()
+        if sparsely:
+            roles.add_sparsely(policy)
+            assert embeddings.sparse is (architecture != "llama"), "its head is apart"
+        ids = torch.tensor([[1, 5, 6, 7], [1, 30, 5, 9]])
+        for _ in range(2):  # added up over micro batches
+            policy(ids, torch.ones_like(ids), 3, 1.0).sum().backward()
+        gradients.append(embeddings.weight.grad)
+    assert not gradients[1].is_sparse
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
