@@ -18,6 +18,7 @@ from deepspeed.runtime import bf16_optimizer
 from deepspeed.utils import groups as rank_groups
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
+from torch.nn import functional
 
 from hlrlhf.settings import Settings
 from hlrlhf.settings.schema import Actor, Critic
@@ -280,7 +281,8 @@ def gathered(engine: DeepSpeedEngine) -> Iterator[None]:
 
     Gathering layer by layer at each token would be slow, and would hang as soon as one rank's
     answers end before another's. DeepSpeed's hooks would let go of the weights after each layer, so
-    they are off meanwhile.
+    they are off meanwhile; so is its linear function, which for a backward pass remembers no
+    weights, and takes longer than the product of a small layer.
     """
     if engine.zero_optimization_stage() < 3:
         yield
@@ -295,9 +297,11 @@ def gathered(engine: DeepSpeedEngine) -> Iterator[None]:
             for hook in hooks:
                 hook.remove()
             hooks.clear()
+        deepspeeds, functional.linear = functional.linear, torch._C._nn.linear
         try:
             yield
         finally:
+            functional.linear = deepspeeds
             # The method's name changed between the releases that Gaudi and PyPI have.
             register = getattr(offload, "_register_deepspeed_module", None)
             (register or offload._register_hooks_recursively)(offload.module)
