@@ -204,7 +204,9 @@ class Cuda(Device):
                 return
             if graph is None:
                 captured = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(captured):  # nothing is computed yet
+                # Nothing is computed yet; and what other threads do meanwhile, such as NCCL's, is
+                # no part of it.
+                with torch.cuda.graph(captured, capture_error_mode="thread_local"):
                     step()
                 graph = captured
             graph.replay()
