@@ -73,7 +73,7 @@ def by_inversion(weights: Tensor) -> Tensor:
     It falls into the sum of the weights, in fp64: first a block of words is found, then the word,
     so that the words of one block alone are added up one by one.
     """
-    blocks = pad(weights, (0, -weights.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    blocks = pad(weights, (0, -weights.shape[-1] % BLOCK)).view(len(weights), -1, BLOCK)
     sums = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
     drawn = torch.rand_like(sums[:, :1]) * sums[:, -1:]
     block = _above(sums, drawn)
