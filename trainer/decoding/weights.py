@@ -1,7 +1,7 @@
-"""Linear layers as a rollout computes them: adapters added to the weights, and those packed.
+"""Linear layers where nothing trains: adapters added to the weights, and those packed.
 
-The weights do not change while a batch is sampled, and are read once for each of its tokens: what
-is prepared once pays many times over.
+The weights do not change while a batch is sampled or scored, and to sample they are read once for
+each of its tokens: what is prepared once pays many times over.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TRIES = 7
 
 
 class Prepared:
-    """Prepares the layers of one policy for its rollouts, each rollout anew.
+    """Prepares the layers of one model, for each of its batches anew.
 
     Only in fp32, where another order of sums is all that changes: in bf16 a weight would swallow
     what an adapter adds to it.
@@ -49,7 +49,7 @@ class Prepared:
         """Compute a model's layers from prepared weights.
 
         Args:
-            model: a language model, in peft's wrapper when it has adapters; its weights are whole.
+            model: in peft's wrapper when it has adapters; its weights are whole.
             rows: of the batch.
         """
         inside = {

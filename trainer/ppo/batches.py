@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from hlrlhf.settings import Settings
+from hlrlhf.trainer.decoding.weights import Prepared
 from hlrlhf.trainer.device import Device
 from hlrlhf.trainer.models.engine import gathered
 from hlrlhf.trainer.models.forwards import Placed
@@ -98,9 +100,12 @@ def outputs(
     """
     parts = micro_batches(attention_mask, answer_width, settings, device)
     found = []
-    # Under ZeRO-3 brought together once, rather than layer by layer for each micro batch; as much
-    # memory as a rollout takes.
-    with gathered(model):
+    # As what scores: a trained model may stand for itself as it began, with its adapters off. Under
+    # ZeRO-3 brought together once, rather than layer by layer for each micro batch, and in fp32
+    # with adapters added to the weights: as much memory as a rollout takes.
+    ready = getattr(model, "ready", contextlib.nullcontext)
+    prepared = Prepared(device, may_pack=False)
+    with ready(), gathered(model), prepared.of(model.module, settings.mbs):
         for part in parts:
             inputs = (sequences[part.rows, part.columns], attention_mask[part.rows, part.columns])
             width = part.answers.stop

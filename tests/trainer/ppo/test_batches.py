@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from ranks import together
 from tiny import EOS, PAD, one_rank  # noqa: F401
 
-from hlrlhf.trainer.models import engine, frozen, loading
+from hlrlhf.trainer.models import engine, frozen, loading, lora
 from hlrlhf.trainer.ppo import batches, experience, rollout
 from hlrlhf.trainer.ppo.rewards import Rewards
 from hlrlhf.trainer.ppo.scores import ModelScores
@@ -53,6 +53,33 @@ def cut(prompts: list[int], answers: list[int], *flags: str, multiple: int = 1) 
 
 
 LENGTHS = ([len(prompt) for prompt in PROMPTS], [len(answer) for answer in ANSWERS])
+
+
+def test_what_scores_has_its_adapters_in_its_weights(tmp_path: Path) -> None:
+    """Or none, where it stands for the model as it began."""
+    settings = tiny.settings("mbs=2", "gbs=6", "lora.dim=2")
+    policy = loading.load_policy(str(tiny.save_policy(tmp_path, "llama")), "fp32", 0.0)
+    lora.add_adapters(policy, settings)
+    called: list[str] = []
+    for name, part in policy.named_modules():
+        if name.endswith(".lora_B.default"):
+            torch.nn.init.normal_(part.weight, std=0.3)
+            part.register_forward_hook(lambda *_: called.append("beside"))
+    policy.eval()
+    texts = tiny.rolled_out(PROMPTS, ANSWERS)
+    inputs = (texts.sequences, texts.attention_mask, texts.answer_width)
+    trained = tiny.Engine(policy)
+    for model in (trained, frozen.WithoutAdapters(trained)):
+        with torch.no_grad():
+            expected = model(*inputs, 1.0)
+        assert bool(called) is (model is trained)
+        called.clear()
+
+        found = batches.outputs(model, *inputs, settings, tiny.cpu(settings), 1.0)
+
+        assert called == []
+        mask = texts.answer_mask
+        torch.testing.assert_close(found[mask], expected[mask], rtol=0, atol=TOLERANCE)
 
 
 def test_rows_of_like_length_share_a_micro_batch_as_wide_as_their_texts() -> None:
