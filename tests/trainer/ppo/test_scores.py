@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from hlrlhf.trainer import demo
 from hlrlhf.trainer.errors import TrainerError
-from hlrlhf.trainer.models import loading
+from hlrlhf.trainer.models import frozen, loading
 from hlrlhf.trainer.ppo import scores
 
 # fp32 sums in another order.
@@ -45,7 +45,7 @@ def model_scores(
     folder: Path, tokenizer: Any, own: Any, score_at: str = "end"
 ) -> scores.ModelScores:
     settings = tiny.settings("mbs=3", "gbs=3")
-    scorer = loading.load_scorer(str(folder), "fp32", 0.0).eval()
+    scorer = frozen.Copy(loading.load_scorer(str(folder), "fp32", 0.0).eval())
     return scores.ModelScores(scorer, tokenizer, own, score_at, settings, tiny.cpu(settings))
 
 
@@ -222,7 +222,9 @@ def test_widths_are_those_that_the_device_asks_for(tmp_path: Path) -> None:
     wide = model_scores(folder, tokenizer, own)
     wide._device.pad_to = 50
     widths = []
-    wide._model.register_forward_pre_hook(lambda _, inputs: widths.append(inputs[0].shape[1]))
+    wide._model.module.register_forward_pre_hook(
+        lambda _, inputs: widths.append(inputs[0].shape[1])
+    )
 
     expected = found(narrow, rolled_out(tokenizer))
 
