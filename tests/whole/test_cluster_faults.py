@@ -116,6 +116,8 @@ def test_requeued_by_hand_a_run_goes_on_and_cancelled_it_does_not(
     run = start_demo("hand", OFTEN, ENDLESS, "slurm.requeue_on_failure=true")
     until(lambda: saved(run), "a checkpoint")
     on_slurm.run("scontrol", "requeue", job_id(run))
+    # Until then it goes on taking steps, which would be counted for the next attempt's.
+    until(lambda: has_no_process(run), "the first attempt's end")
     seen = len(steps(run))
     on_slurm.start_now(job_id(run))
     until(lambda: len(steps(run)) > seen + 2, "steps of the next attempt", 120)
