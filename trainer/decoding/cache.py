@@ -8,11 +8,10 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 
-class GrowingLayer(DynamicLayer):  # type: ignore[misc]
-    """Of one layer: transformers' growing cache, without a copy of all that it holds at each token.
+class _Layer(DynamicLayer):  # type: ignore[misc]
+    """Of one layer, with room for all tokens from the first on.
 
-    What a model gets are views of the memory, of as many tokens and rows as there are, so it needs
-    to know nothing. A layer with a window keeps all tokens too: its mask leaves out the old ones.
+    A layer with a window keeps all tokens too: its mask leaves out the old ones.
 
     Args:
         capacity: tokens that there is room for.
@@ -22,6 +21,25 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         super().__init__()
         self._capacity = capacity
         self._memory: list[Tensor] = []
+
+    def _make_room(self, *new: Tensor) -> None:
+        """For keys and for values, by the first ones [b, heads, n, width]."""
+        self._memory = [
+            states.new_zeros(*states.shape[:2], self._capacity, states.shape[3]) for states in new
+        ]
+        self.dtype, self.device = new[0].dtype, new[0].device
+        self.is_initialized = True
+
+
+class GrowingLayer(_Layer):
+    """As transformers' growing one, without a copy of all that it holds at each token.
+
+    What a model gets are views of the memory, of as many tokens and rows as there are, so it needs
+    to know nothing.
+    """
+
+    def __init__(self, capacity: int):
+        super().__init__(capacity)
         self._length = 0
 
     def update(
@@ -30,12 +48,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         """Take in the next tokens' keys and values [b, heads, n, width]; all so far come back."""
         new = key_states, value_states
         if not self._memory:
-            self._memory = [
-                states.new_empty(*states.shape[:2], self._capacity, states.shape[3])
-                for states in new
-            ]
-            self.dtype, self.device = key_states.dtype, key_states.device
-            self.is_initialized = True
+            self._make_room(*new)
         begin, rows = self._length, len(key_states)
         self._length += key_states.shape[2]
         for memory, states in zip(self._memory, new, strict=True):
@@ -67,18 +80,16 @@ class Growing(Cache):  # type: ignore[misc]
             layer.move(sources, targets)
 
 
-class FixedLayer(DynamicLayer):  # type: ignore[misc]
-    """Of one layer, whose shape does not change, as transformers' static one; whole with a window.
+class FixedLayer(_Layer):
+    """As transformers' static one, whose shape does not change.
 
     After the prompts a token is written at `column`, a number that the device alone knows. What a
     model gets are `columns` columns: the mask leaves out those to come.
     """
 
     def __init__(self, capacity: int, column: Tensor):
-        super().__init__()
-        self._capacity = capacity
+        super().__init__(capacity)
         self._column = column
-        self._memory: list[Tensor] = []
         self.columns = 0
 
     def update(
@@ -87,12 +98,7 @@ class FixedLayer(DynamicLayer):  # type: ignore[misc]
         """Take in the prompts', then one token's keys and values [b, heads, n, width]."""
         new = key_states, value_states
         if not self._memory:
-            self._memory = [
-                states.new_zeros(*states.shape[:2], self._capacity, states.shape[3])
-                for states in new
-            ]
-            self.dtype, self.device = key_states.dtype, key_states.device
-            self.is_initialized = True
+            self._make_room(*new)
             for memory, states in zip(self._memory, new, strict=True):
                 memory[:, :, : states.shape[2]] = states
             return new

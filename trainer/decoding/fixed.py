@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from hlrlhf.trainer.data import reading
 from hlrlhf.trainer.decoding import cache as caches
+from hlrlhf.trainer.decoding.base import Loop
 from hlrlhf.trainer.decoding.decoder import Decoded, Sampling, Witness
 from hlrlhf.trainer.decoding.draw import Draw
-from hlrlhf.trainer.decoding.stopping import StopStrings
-from hlrlhf.trainer.decoding.weights import Prepared
 from hlrlhf.trainer.device import Device
 from hlrlhf.trainer.models import forwards
-from hlrlhf.trainer.models.engine import gathered
 from hlrlhf.trainer.models.forwards import Placed
 
 # Attention reads so many columns more at a time: each number of columns is a shape of its own.
@@ -25,62 +21,19 @@ BUCKET = 128
 LOOK = 16
 
 
-class Fixed:
+class Fixed(Loop):
     """A `Decoder`: the whole batch at once until its longest answer ends, on memory that stays.
 
     A step asks for nothing that the device alone knows, so that the device can capture it. An
     answer that has ended goes on meanwhile; what follows its end is not read.
-
-    Args:
-        warned: see `decoder.Decoder`.
     """
-
-    def __init__(
-        self, sampling: Sampling, device: Device, warned: Callable[[], bool] = lambda: False
-    ):
-        self.sampling = sampling
-        self.device = device
-        self.warned = warned
-        self._weights = Prepared(device, may_pack=False)
-
-    @torch.no_grad()
-    def __call__(
-        self, policy: Placed, prompts: Sequence[list[int]], witness: Witness | None = None
-    ) -> Decoded:
-        config = self.sampling.config
-        ids, mask = reading.pad_left(prompts, config.pad_token_id, self.sampling.multiple)
-        ids, mask = ids.to(self.device.torch), mask.to(self.device.torch)
-        policy.eval()
-        plain = forwards.unwrapped(policy.module.lm)
-        try:
-            with (
-                gathered(policy),
-                self._weights.of(policy.module.lm, len(prompts)),
-                self.device.generating(plain),
-            ):
-                return self._sampled(policy, ids, mask, witness)
-        finally:
-            policy.train()
-            self.device.step_done()
-
-    def state(self) -> dict[str, Any]:
-        """Nothing."""
-        return {}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Nothing to go on from."""
 
     def _sampled(
         self, policy: Placed, ids: Tensor, prompt_mask: Tensor, witness: Witness | None
     ) -> Decoded:
-        """Answers to prompts [b, l] that are padded on the left."""
         config = self.sampling.config
         prompt_width = ids.shape[1]
-        stops = None
-        if self.sampling.stop:
-            shortest = config.min_new_tokens or 0
-            tokenizer = self.sampling.tokenizer
-            stops = StopStrings(self.sampling.stop, tokenizer, prompt_width, shortest)
+        stops = self._stops(prompt_width)
         answers = _Answers(policy, ids, prompt_mask, self.sampling, self.device)
         steps: dict[int, Callable[[], None]] = {}
         for written in range(1, config.max_new_tokens + 1):
@@ -101,10 +54,9 @@ class Fixed:
                 answers.ended.logical_or_(stops(answers.sequences[:, :end], None))
             if (stops is not None or written % LOOK == 0) and bool(answers.ended.all()):
                 break
-        ends = torch.tensor(stops.ends, device=ids.device) if stops else None
         end = min(end, prompt_width + 1 + int(answers.goes_on.sum()))
         sequences, logprobs = answers.sequences[:, :end], answers.logprobs[:, prompt_width:end]
-        return Decoded(sequences, prompt_mask, ends, logprobs)
+        return Decoded(sequences, prompt_mask, self._ends(stops), logprobs)
 
 
 class _Answers:

@@ -2,51 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
-from hlrlhf.trainer.data import reading
-from hlrlhf.trainer.decoding.decoder import Decoded, Sampling, Witness
-from hlrlhf.trainer.decoding.stopping import StopStrings, Warned
-from hlrlhf.trainer.device import Device
+from hlrlhf.trainer.decoding.base import Base
+from hlrlhf.trainer.decoding.decoder import Decoded, Witness
+from hlrlhf.trainer.decoding.stopping import Warned
 from hlrlhf.trainer.models import forwards
 from hlrlhf.trainer.models.engine import gathered
 from hlrlhf.trainer.models.forwards import Placed
 
 
-class Plain:
+class Plain(Base):
     """A `Decoder`: the whole batch at once, until its longest answer ends.
 
     Weights do not change inside a batch, so generating micro batch by micro batch would give the
     same samples at a fraction of the speed.
-
-    Args:
-        warned: see `decoder.Decoder`.
     """
-
-    def __init__(
-        self, sampling: Sampling, device: Device, warned: Callable[[], bool] = lambda: False
-    ):
-        self.sampling = sampling
-        self.device = device
-        self.warned = warned
 
     @torch.no_grad()
     def __call__(
         self, policy: Placed, prompts: Sequence[list[int]], witness: Witness | None = None
     ) -> Decoded:
-        config, stop = self.sampling.config, self.sampling.stop
-        ids, mask = reading.pad_left(prompts, config.pad_token_id, self.sampling.multiple)
-        ids, mask = ids.to(self.device.torch), mask.to(self.device.torch)
-        stops = None
+        config = self.sampling.config
+        ids, mask = self._padded(prompts)
         criteria: list[Any] = [Warned(self.warned)]
-        if stop:
-            shortest = config.min_new_tokens or 0
-            stops = StopStrings(stop, self.sampling.tokenizer, ids.shape[1], shortest)
+        if (stops := self._stops(ids.shape[1])) is not None:
             criteria.append(stops)
         # Through the engines: the hybrid engine puts its inference kernels in for eval() and takes
         # them out for train(); all scoring is done without them.
@@ -66,15 +51,7 @@ class Plain:
             )
         policy.train()
         self.device.step_done()
-        ends = torch.tensor(stops.ends, device=self.device.torch) if stops else None
-        return Decoded(sequences, mask, ends)
-
-    def state(self) -> dict[str, Any]:
-        """Nothing."""
-        return {}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Nothing to go on from."""
+        return Decoded(sequences, mask, self._ends(stops))
 
 
 class _Shown(LogitsProcessor):  # type: ignore[misc]
