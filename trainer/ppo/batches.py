@@ -100,9 +100,9 @@ def outputs(
     """
     parts = micro_batches(attention_mask, answer_width, settings, device)
     found = []
-    # As what scores: a trained model may stand for itself as it began, with its adapters off. Under
-    # ZeRO-3 brought together once, rather than layer by layer for each micro batch, and in fp32
-    # with adapters added to the weights: as much memory as a rollout takes.
+    # Once for all micro batches: ready, which may mean to come to the device, or to switch the
+    # adapters of a trained model off; under ZeRO-3 brought together; in fp32 with adapters added to
+    # the weights. It takes as much memory as a rollout.
     ready = getattr(model, "ready", contextlib.nullcontext)
     prepared = Prepared(device, may_pack=False)
     with ready(), gathered(model), prepared.of(model.module, settings.mbs):

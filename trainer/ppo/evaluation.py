@@ -191,7 +191,5 @@ class Evaluation:
         """[b], the sampled estimate of the KL to the reference, in nats per answer."""
         actor.module.eval()
         own = answer_logprobs(actor, rollout, self._settings, self._device)
-        # Apart: the reference may be the actor itself, with its adapters off.
-        with reference.ready():
-            before = answer_logprobs(reference, rollout, self._settings, self._device)
+        before = answer_logprobs(reference, rollout, self._settings, self._device)
         return torch.where(rollout.answer_mask, own - before, 0).sum(-1)

@@ -105,9 +105,7 @@ def score(
     )
     actor.module.eval()
     critic.module.eval()
-    # Apart from the others: to be ready may mean to come to the device, or to switch adapters off.
-    with reference.ready():
-        reference_logprobs = answer_logprobs(reference, rollout, settings, device)
+    reference_logprobs = answer_logprobs(reference, rollout, settings, device)
     logprobs = recorded = reused(rollout, settings)
     if logprobs is None:
         logprobs = answer_logprobs(actor, rollout, settings, device)
