@@ -10,7 +10,6 @@ answer tokens per second, and writes FOLDER/curves.json. Nothing else may run me
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -95,14 +94,7 @@ def draw(measured: dict[str, list[dict[str, Any]]], file: Path) -> None:
 
 def main() -> None:
     """Make the models, measure, draw."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("folder", type=lambda text: Path(text).absolute())
-    parser.add_argument("curves", nargs="*", metavar="CURVE", help=", ".join(CURVES))
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--pairs", type=int, default=2)
-    asked = parser.parse_args()
+    asked = speed.arguments(__doc__, "curve", CURVES, steps=5, pairs=2)
     curves = {name: CURVES[name] for name in asked.curves or CURVES}
     asked.folder.mkdir(parents=True)
     shapes = [point.workload.shape for points in curves.values() for point in points]

@@ -274,16 +274,28 @@ def write(file: Path, report: dict[str, Any]) -> None:
     file.write_text(json.dumps({"machine": where()} | report, indent=1) + "\n", encoding="utf-8")
 
 
-def main() -> None:
-    """Make the models, measure, tell."""
+def arguments(
+    description: str | None, chosen: str, choices: Iterable[str], steps: int, pairs: int
+) -> argparse.Namespace:
+    """What a measurement is asked for.
+
+    Args:
+        chosen: the name of what is measured, of which none is all of `choices`.
+        steps, pairs: unless others are asked for.
+    """
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=lambda text: Path(text).absolute())
-    parser.add_argument("workloads", nargs="*", metavar="WORKLOAD", help=", ".join(WORKLOADS))
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--pairs", type=int, default=3)
-    asked = parser.parse_args()
+    parser.add_argument(f"{chosen}s", nargs="*", metavar=chosen.upper(), help=", ".join(choices))
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--pairs", type=int, default=pairs)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Make the models, measure, tell."""
+    asked = arguments(__doc__, "workload", WORKLOADS, steps=3, pairs=3)
     names = asked.workloads or list(WORKLOADS)
     asked.folder.mkdir(parents=True)
     for shape in dict.fromkeys(WORKLOADS[name].shape for name in names):
