@@ -48,7 +48,8 @@ class Draw:
         logits = logits.float()
         if self._temperature != 1:
             logits = logits / self._temperature
-        weights, log_total = self._weights(logits)
+        weights, top = _weights(logits)
+        log_total = top + weights.sum(-1, keepdim=True).log()
         shaped = logits
         if self._shortest:
             shaped = logits.clone()
@@ -56,15 +57,15 @@ class Draw:
             shaped[:, self._end_tokens] = ends.where(written >= self._shortest, -torch.inf)
         shaped = self._truncation(None, shaped)
         if shaped is not logits:
-            weights, _ = self._weights(shaped)
+            weights, _ = _weights(shaped)
         tokens = by_inversion(weights) if self._has_fp64 else by_race(weights)
         return tokens[:, 0], (logits.gather(-1, tokens) - log_total)[:, 0]
 
-    def _weights(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The words' probabilities up to a factor [b, v], and the logits' logsumexp [b, 1]."""
-        top = logits.amax(-1, keepdim=True)
-        weights = (logits - top).exp_()
-        return weights, top + weights.sum(-1, keepdim=True).log()
+
+def _weights(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The words' probabilities up to a factor [b, v], and the highest logit [b, 1]."""
+    top = logits.amax(-1, keepdim=True)
+    return (logits - top).exp_(), top
 
 
 def by_inversion(weights: Tensor) -> Tensor:
