@@ -159,21 +159,21 @@ class Cluster:
             slurmd.send_signal(signal.SIGCONT)
             self._back(node)
 
-    def _of_node(self, node: str) -> set[int]:
-        """The processes of this cluster's jobs on a node, and their keepers."""
+    def _of_node(self, node: str) -> list[int]:
+        """The process groups of this cluster's jobs on a node, and last those of their keepers."""
         names = {f"SLURMD_NODENAME={node}", f"SLURM_CONF={self.environ['SLURM_CONF']}"}
-        found = set()
+        jobs, keepers = set(), set()
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 environ = (folder / "environ").read_bytes().decode(errors="replace")
                 if names <= set(environ.split("\0")):
                     status = (folder / "status").read_text()
                     parent = int(status.partition("\nPPid:")[2].split()[0])
-                    found.add(int(folder.name))
+                    jobs.add(os.getpgid(int(folder.name)))
                     # It writes its title over its environment.
                     if Path(f"/proc/{parent}/cmdline").read_bytes().startswith(b"slurmstepd"):
-                        found.add(parent)
-        return found
+                        keepers.add(os.getpgid(parent))
+        return [*jobs, *(keepers - jobs)]
 
     def _back(self, node: str) -> None:
         def back() -> bool:
@@ -219,12 +219,13 @@ class Cluster:
     def crashed(self, node: str) -> Iterator[None]:
         """The cluster while a node is dead, with all that ran on it; afterwards it is back."""
         with self.away("slurmd", "-D", "-N", node):
-            # All at once: none lives to see the others' end, and to tell of it.
+            # All at once: none lives to see the others' end, and to tell of it. A group that is
+            # stopped is woken by the end of its keeper, which therefore dies after it.
             there = self._of_node(node)
             for number in (signal.SIGSTOP, signal.SIGKILL):
-                for pid in there:
+                for group in there:
                     with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, number)
+                        os.killpg(group, number)
             self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=broken")
             yield
         self._back(node)
