@@ -97,6 +97,7 @@ class Workload:
 
 
 OURS, TRL = Side("hlrlhf"), Side("TRL", trl=())
+COMPILED = Side("hlrlhf, compiled step", {"generation.decoder": "compiled"})
 UNCOLLECTED = Side("TRL without gc.collect", trl=("--without-collections",))
 # 500 of 32,000 words end an answer: after 55 on average, of at most 128.
 EARLY = Side("ended early", {"actor.model_path": "early"})
@@ -107,6 +108,7 @@ WORKLOADS = {
     "bloom-250k-2x4": Workload("bloom-250k", 2, 4, OURS, TRL),
     "llama-512-4x1": Workload("llama-512", 4, 1, OURS, TRL),
     "llama-64-4x1": Workload("llama-64", 4, 1, OURS, UNCOLLECTED),
+    "llama-64-compiled": Workload("llama-64", 4, 1, COMPILED, UNCOLLECTED),
     "llama-512-early": Workload("llama-512", 2, 4, EARLY, OURS),
     "llama-512-adapters": Workload("llama-512", 2, 4, ALONE, OURS),
     "llama-64-zero3": Workload(

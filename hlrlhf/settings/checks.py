@@ -88,6 +88,12 @@ _IDLE: tuple[tuple[tuple[str, ...], tuple[str, ...], Callable[[Settings], bool],
         "without evaluations none is the best: set evaluation.interval",
     ),
     (
+        ("generation.pack_weights",),
+        ("generation.decoder",),
+        lambda settings: settings.generation.decoder == "own",
+        "it is our own loop, not compiled, that samples from packed weights",
+    ),
+    (
         ("optimizer.grad_accum_dtype",),
         ("dtype",),
         lambda settings: settings.dtype == "bf16",
@@ -206,6 +212,9 @@ def contradictions(settings: Settings, values: Mapping[str, Given]) -> Iterator[
     if settings.generation.min_new_tokens > settings.generation.max_new_tokens:
         names = ("generation.min_new_tokens", "generation.max_new_tokens")
         yield names, "the shortest answer must not be longer than the longest"
+    if settings.generation.decoder == "compiled" and settings.device != "cpu":
+        names = "generation.decoder", "device"
+        yield names, "a step is compiled on processors; elsewhere decoder = own captures it"
     if settings.hybrid_engine and settings.device == "cpu":
         yield ("hybrid_engine", "device"), "DeepSpeed's hybrid engine does not run on processors"
     if settings.hybrid_engine and settings.actor.zero_stage == 3:

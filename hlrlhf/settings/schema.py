@@ -307,13 +307,14 @@ class Generation(Group):
         description="Sample among the k likeliest tokens; 0 is off. Log-probs are those of the "
         "whole policy.",
     )
-    decoder: Literal["own", "generate"] = Field(
+    decoder: Literal["own", "compiled", "generate"] = Field(
         "own",
         description="What samples: a loop of our own, whose cache is not copied at each token, "
         "which on processors goes on without the answers that have ended and elsewhere is captured "
-        "as a graph; or transformers' generate. Our own is left for generate, with a warning, "
-        "where it does not fit the model, and is not used with the hybrid engine or with Optimum "
-        "for Gaudi.",
+        "as a graph; on processors also one whose step is compiled, which needs a C++ compiler and "
+        "a minute or so at the first rollouts, and pays for small models; or transformers' "
+        "generate. What does not fit the model is left for the next plainer one, with a warning. "
+        "The hybrid engine and Optimum for Gaudi sample in their own way.",
     )
     pack_weights: bool = Field(
         True,

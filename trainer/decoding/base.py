@@ -26,6 +26,8 @@ class Base:
         warned: see `decoder.Decoder`.
     """
 
+    name = "generation.decoder = own"
+
     def __init__(
         self, sampling: Sampling, device: Device, warned: Callable[[], bool] = lambda: False
     ):

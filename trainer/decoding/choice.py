@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hlrlhf.settings import Settings
 from hlrlhf.trainer.decoding.decoder import Decoded, Decoder, Sampling, Witness, sampling
-from hlrlhf.trainer.decoding.fixed import Fixed
+from hlrlhf.trainer.decoding.fixed import Compiled, Fixed
 from hlrlhf.trainer.decoding.hybrid import Hybrid
 from hlrlhf.trainer.decoding.plain import Plain
 from hlrlhf.trainer.decoding.shrinking import Shrinking
@@ -35,6 +35,11 @@ class Chosen:
         self._decoders = decoders
         self._place = 0
         self._tried = False
+
+    @property
+    def name(self) -> str:
+        """See `Decoder`."""
+        return self._decoders[self._place].name
 
     @property
     def sampling(self) -> Sampling:
@@ -78,13 +83,13 @@ class Chosen:
         """
         if self._place == len(self._decoders) - 1:
             return False
+        left = self.name
+        self._place, self._tried = self._place + 1, False
         if dist.get_rank() == 0:
             print(
-                f"warning: answers are sampled with transformers' generate, which is slower: "
-                f"generation.decoder = own cannot be used here: {reason}",
+                f"warning: {left} cannot be used here: {reason}; {self.name} is, which is slower",
                 flush=True,
             )
-        self._place, self._tried = self._place + 1, False
         return True
 
     def state(self) -> dict[str, Any]:
@@ -122,4 +127,7 @@ def decoder(
         return Chosen(plain)
     if device.loop == "fixed":
         return Chosen(Fixed(how, device, warned), plain)
-    return Chosen(Shrinking(how, device, warned, settings.generation.pack_weights), plain)
+    own = Shrinking(how, device, warned, settings.generation.pack_weights)
+    if settings.generation.decoder == "compiled":
+        return Chosen(Compiled(how, device, warned), own, plain)
+    return Chosen(own, plain)

@@ -60,6 +60,10 @@ class Decoder(Protocol):
     """Samples answers from a policy."""
 
     @property
+    def name(self) -> str:
+        """The setting that asks for it."""
+
+    @property
     def sampling(self) -> Sampling:
         """How."""
 

@@ -38,6 +38,8 @@ class Hybrid(Plain):
     The reference of an evaluation has none, and is sampled from as it is.
     """
 
+    name = "hybrid_engine = true"
+
     def __call__(
         self, policy: Placed, prompts: Sequence[list[int]], witness: Witness | None = None
     ) -> Decoded:

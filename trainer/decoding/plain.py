@@ -24,6 +24,8 @@ class Plain(Base):
     same samples at a fraction of the speed.
     """
 
+    name = "generation.decoder = generate"
+
     @torch.no_grad()
     def __call__(
         self, policy: Placed, prompts: Sequence[list[int]], witness: Witness | None = None

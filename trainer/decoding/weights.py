@@ -7,7 +7,6 @@ each of its tokens: what is prepared once pays many times over.
 from __future__ import annotations
 
 import contextlib
-import functools
 import time
 from collections.abc import Iterator, Mapping
 from statistics import median
@@ -85,7 +84,11 @@ class Prepared:
         if added is not None:
             weight = added.add_(weight)
         bias = layer.bias
-        plain = functools.partial(linear, weight=weight, bias=bias)
+
+        # No functools.partial, for each of which a compiled step would be compiled again.
+        def plain(read: Tensor) -> Tensor:
+            return linear(read, weight, bias)
+
         if self._may_pack and weight.numel() >= PACKED_FROM:
             shape = "x".join(map(str, weight.shape))
             packed = None

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -58,6 +56,7 @@ class Policy(nn.Module):
         self.lm = lm
         self.logprob_chunk = logprob_chunk
         self.generation_config = lm.generation_config
+        self._arguments = _arguments(lm)
 
     @property
     def inner(self) -> PreTrainedModel:
@@ -89,7 +88,7 @@ class Policy(nn.Module):
             "input_ids": sequences,
             "attention_mask": attention_mask,
             "use_cache": False,
-            **_positions(self.lm, attention_mask),
+            **_positions(self._arguments, attention_mask),
         }
         answers = sequences[:, -answer_width:]
         # The head is not run on prompt tokens: on BLOOM 1.1B it is a third of a forward.
@@ -103,7 +102,7 @@ class Policy(nn.Module):
                 return chunks.apply(loss, hidden, head, answers, temperature, size)
             logprobs = self._logprobs_in_chunks(hidden, answers, temperature)
         else:
-            if "logits_to_keep" in _arguments(plain):
+            if "logits_to_keep" in self._arguments:
                 logits = self.lm(**inputs, logits_to_keep=kept).logits
             elif plain.config.model_type == "bloom":  # Gaudi's has no such argument there
                 hidden = plain.transformer(**inputs).last_hidden_state
@@ -152,7 +151,7 @@ class Policy(nn.Module):
         Returns:
             [b, v].
         """
-        positions = _positions(self.lm, attention_mask)
+        positions = _positions(self._arguments, attention_mask)
         for name, ids in positions.items():
             shown = ids[:, -tokens.shape[1] :] if columns is None else ids[:, columns]
             positions[name] = shown
@@ -163,7 +162,7 @@ class Policy(nn.Module):
             "use_cache": True,
             **positions,
         }
-        if "logits_to_keep" in _arguments(unwrapped(self.lm)):
+        if "logits_to_keep" in self._arguments:
             inputs["logits_to_keep"] = 1
         logits: Tensor = self.lm(**inputs).logits
         return logits[:, -1]
@@ -198,6 +197,7 @@ class Scorer(nn.Module):
         super().__init__()
         self.classifier = classifier
         self.score_at = score_at
+        self._arguments = _arguments(getattr(classifier, classifier.base_model_prefix))
         # The layer that is there, weights and all, with another forward.
         classifier.score.__class__ = Head
 
@@ -237,7 +237,7 @@ class Scorer(nn.Module):
             input_ids=sequences,
             attention_mask=attention_mask,
             use_cache=False,
-            **_positions(backbone, attention_mask),
+            **_positions(self._arguments, attention_mask),
         ).last_hidden_state
         scores: Tensor = (head or self.head)(hidden[:, -answer_width - 1 :]).squeeze(-1)
         return scores
@@ -264,22 +264,17 @@ def unwrapped(model: PreTrainedModel) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _positions(model: PreTrainedModel, attention_mask: Tensor) -> dict[str, Tensor]:
-    """Position ids for models that take them, padding not counted; ALiBi reads the mask.
+def _positions(arguments: frozenset[str], attention_mask: Tensor) -> dict[str, Tensor]:
+    """Position ids for a model that takes them, padding not counted; ALiBi reads the mask.
 
     Padding has the first: after a row as long as the model can read, there is no next one.
     """
-    if "position_ids" not in _arguments(unwrapped(model)):
+    if "position_ids" not in arguments:
         return {}
     counted = attention_mask.long()
     return {"position_ids": (counted.cumsum(-1) - counted) * counted}
 
 
 def _arguments(model: PreTrainedModel) -> frozenset[str]:
-    """What the forward of a model takes."""
-    return _arguments_of(type(model).forward)
-
-
-@functools.cache  # to look takes longer than a small layer
-def _arguments_of(forward: Callable[..., Any]) -> frozenset[str]:
-    return frozenset(inspect.signature(forward).parameters)
+    """What the forward of a model takes; to look takes longer than a small layer."""
+    return frozenset(inspect.signature(type(model).forward).parameters)

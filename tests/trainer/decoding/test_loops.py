@@ -21,12 +21,12 @@ from transformers.utils import import_utils
 from hlrlhf.trainer.decoding import choice, fixed, shrinking
 from hlrlhf.trainer.decoding.decoder import Sampling, sampling
 from hlrlhf.trainer.decoding.draw import by_inversion, by_race
-from hlrlhf.trainer.decoding.fixed import Fixed
+from hlrlhf.trainer.decoding.fixed import Compiled, Fixed
 from hlrlhf.trainer.decoding.hybrid import Hybrid
 from hlrlhf.trainer.decoding.plain import Plain
 from hlrlhf.trainer.decoding.shrinking import Shrinking
 from hlrlhf.trainer.errors import TrainerError
-from hlrlhf.trainer.models import loading
+from hlrlhf.trainer.models import loading, lora
 from hlrlhf.trainer.ppo import rollout
 from hlrlhf.trainer.ppo.agreement import Agreement
 
@@ -223,6 +223,62 @@ def test_it_ends_soon_after_the_last_answer(
     assert len(read) == -(-longest // 4) * 4
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("architecture", "flags"),
+    [("llama", []), ("bloom", ["generation.top_k=9", "generation.min_new_tokens=6", "lora.dim=2"])],
+)
+def test_a_compiled_step_draws_the_same_answers(
+    tmp_path: Path, architecture: str, flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fixed, "BUCKET", 8)
+    policy = policy_of(tmp_path, architecture)
+    asked, device = how(*flags)
+    if flags:
+        lora.add_adapters(policy, tiny.settings(*flags))
+        for name, parameter in policy.named_parameters():
+            if ".lora_B." in name:
+                torch.nn.init.normal_(parameter, std=0.3)
+    plain, compiled = Fixed(asked, device), Compiled(asked, device)
+    torch.compiler.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    graphs.clear()
+
+    for prompts in (PROMPTS, [*PROMPTS, list(range(1, 14))], PROMPTS[:3]):
+        made = []
+        for loop in (plain, compiled):
+            torch.manual_seed(1)
+            made.append(rollout.generate(loop, tiny.Engine(policy), prompts))
+
+        assert made[0].sequences.equal(made[1].sequences)
+        assert made[0].logprobs is not None
+        torch.testing.assert_close(made[0].logprobs, made[1].logprobs, **TOLERANCE)
+
+    assert 1 <= graphs["unique_graphs"] <= 2, "whatever the width and the rows"
+
+
+@pytest.mark.slow
+def test_without_a_compiler_it_goes_on_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = tiny.Engine(policy_of(tmp_path))
+    torch.manual_seed(1)
+    own = rollout.generate(Shrinking(*how()), policy, PROMPTS)
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+    torch.compiler.reset()
+    torch.manual_seed(1)
+
+    with torch._inductor.utils.fresh_cache():
+        decoder = choice.Chosen(Compiled(*how()), Shrinking(*how()), Plain(*how()))
+        made = rollout.generate(decoder, policy, PROMPTS)
+
+    assert made.sequences.equal(own.sequences), "from the same random numbers"
+    told = capsys.readouterr().out
+    assert "warning: generation.decoder = compiled cannot be used here" in told
+    assert "no-such-compiler" in told
+    assert "generation.decoder = own is, which is slower" in told
+
+
 @pytest.mark.parametrize("words", [5, 256, 600])
 @pytest.mark.parametrize("draw", [by_inversion, by_race])
 def test_words_are_drawn_as_often_as_they_weigh(words: int, draw: Any) -> None:
@@ -292,7 +348,8 @@ def test_what_it_cannot_sample_generate_does(
 
     assert made.sequences.equal(plain.sequences), "from the same random numbers"
     told = capsys.readouterr().out
-    assert told.count("warning: answers are sampled with transformers' generate") == 1
+    assert told.count("warning: generation.decoder = own cannot be used here") == 1
+    assert "generation.decoder = generate is, which is slower" in told
     assert "no such cache" in told
     assert not decoder.fall_back("nothing is plainer")
 
@@ -330,7 +387,7 @@ def test_what_disagrees_with_scoring_is_left_or_stops_the_run(
     made = agreement.rollout(chosen(*flags), policy, PROMPTS)
 
     told = capsys.readouterr().out
-    assert "generate, which is slower" in told
+    assert "generation.decoder = generate is, which is slower" in told
     assert "apart by" in told
     assert len(made.sequences) == len(PROMPTS)
 
@@ -368,6 +425,7 @@ def test_the_settings_name_the_decoder(tmp_path: Path) -> None:
     assert sampled_by(tmp_path, "own") == ["Shrinking", "Plain"]
     assert sampled_by(tmp_path, "own", "fixed") == ["Fixed", "Plain"]
     assert sampled_by(tmp_path, "own", "none") == ["Plain"]
+    assert sampled_by(tmp_path, "compiled") == ["Compiled", "Shrinking", "Plain"]
     assert sampled_by(tmp_path, "generate") == ["Plain"]
 
 
