@@ -24,6 +24,9 @@ from hlrlhf.trainer.device import Device, Product
 PACKED_FROM = 2**18
 # A measurement is the median of so many products of either kind, in turn.
 TRIES = 7
+# Between two of them so many bytes are written, as in a rollout other weights are read: a processor's
+# own cache holds neither copy by then.
+BETWEEN = 2**26
 
 
 class Prepared:
@@ -106,8 +109,10 @@ class Prepared:
     def _is_faster(self, packed: Product, plain: Product, read: Tensor) -> bool:
         """Whether the packed weights are; all ranks do as rank 0 has measured."""
         seconds: dict[Product, list[float]] = {packed: [], plain: []}
+        others = torch.empty(BETWEEN, dtype=torch.uint8)
         for _ in range(TRIES):
             for product, taken in seconds.items():
+                others.zero_()
                 began = time.perf_counter()
                 product(read)
                 taken.append(time.perf_counter() - began)
