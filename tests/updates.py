@@ -24,16 +24,12 @@ def made(settings: Any) -> experience.Experience:
     generator = torch.Generator().manual_seed(3)
     shape = rolled_out.answer_mask.shape
     near = torch.randn(shape, generator=generator)
-    return experience.assemble(
-        rolled_out,
-        logprobs=near - 4,
-        reference=near - 4.5,
-        values=torch.randn(shape, generator=generator),
-        scores=torch.tensor([1.0, -2.0, 0.5, 3.0]),
-        rewards=Rewards([], settings),
-        settings=settings,
-        kl_coefficient=0.1,
-    )
+    values = torch.randn(shape, generator=generator)
+    said = (near - 4, near - 4.5)
+    scores = torch.tensor([1.0, -2.0, 0.5, 3.0])
+    rest = (scores, Rewards([], settings), settings, 0.1)
+    rewarded = experience.token_rewards(rolled_out, *said, *rest)
+    return experience.assemble(rolled_out, *said, values, scores, rewarded, settings)
 
 
 def load(folder: Path) -> tuple[Any, Any]:

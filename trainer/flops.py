@@ -104,6 +104,7 @@ def of_step(
     reward: Cost | None,
     epochs: int,
     recorded: bool = False,
+    learns_at_once: bool = False,
 ) -> Tensor:
     """Operations of a rollout, its scoring by the models, and the update.
 
@@ -113,6 +114,7 @@ def of_step(
         reward: frozen; None when no model gives the reward. The reference costs as the actor.
         epochs: of the update.
         recorded: whether the actor's log-probs are, so that it does not score its answers.
+        learns_at_once: whether the critic learns in the pass that gives its values.
 
     Returns:
         A scalar, float.
@@ -125,7 +127,8 @@ def of_step(
     read = lengths - 1
     total = actor.forward(read.sum(), (read * (read + 1) / 2).sum(), logits)
     policies = [actor] if recorded else [actor, actor]
-    for model in (*policies, critic, *([reward] if reward else [])):
+    critics = [] if learns_at_once else [critic]
+    for model in (*policies, *critics, *([reward] if reward else [])):
         total = total + model.forward(tokens, pairs, logits)
     for model in (actor, critic):
         total = total + epochs * model.training(tokens, pairs, logits)

@@ -163,10 +163,12 @@ def train(
             alive()
             break
         clock.lap("generate_seconds")
-        # 3. Score them: log-probs, values, rewards, advantages.
-        experience = experiences.score(rollout, models, rewards, settings, kl.coefficient)
+        # 3. Score them: log-probs, values, rewards, advantages. Where that is exact, the critic
+        # learns from its values at once.
+        learn = settings.critic_learns_at_once
+        experience = experiences.score(rollout, models, rewards, settings, kl.coefficient, learn)
         clock.lap("score_seconds")
-        # 4. Update actor and critic, unless a number is not finite.
+        # 4. Update actor and, if it has not learnt yet, critic, unless a number is not finite.
         totals = measures.totals(rollout, experience) | rewards.totals()
         if applied := guard.usable(experience):
             stats, applied = update(experience, models, mix, settings)

@@ -97,6 +97,7 @@ class Pace:
             self._reward,
             settings.ppo.epochs,
             recorded=reused(rollout, settings) is not None,
+            learns_at_once=settings.critic_learns_at_once,
         )
         counted = torch.stack([(prompts + answers).sum().to(operations), operations])
         tokens, operations = summed(counted).tolist()

@@ -46,6 +46,12 @@ _IDLE: tuple[tuple[tuple[str, ...], tuple[str, ...], Callable[[Settings], bool],
         "with several optimizer steps a rollout, or with dropout, log-probs have to be computed",
     ),
     (
+        ("ppo.reuse_values",),
+        ("ppo.epochs", "ppo.minibatches", "critic.dropout"),
+        lambda settings: settings.critic_learns_at_once or not settings.ppo.reuse_values,
+        "with several optimizer steps a rollout, or with dropout, the critic runs once for each",
+    ),
+    (
         ("ema.decay",),
         ("ema.enabled",),
         lambda settings: settings.ema.enabled,

@@ -373,6 +373,11 @@ class Ppo(Group):
         description="Take the log-probs that a decoder recorded while it sampled, rather than run "
         "the actor on its own answers again; with one epoch, one minibatch and `actor.dropout` 0.",
     )
+    reuse_values: bool = Field(
+        True,
+        description="Let the critic learn in the forward pass that gives its values, rather than "
+        "in another one; with one epoch, one minibatch and `critic.dropout` 0.",
+    )
     logprob_chunk: Count = Field(
         0,
         description="Compute logits for this many tokens of each answer at a time, for less "
@@ -757,6 +762,12 @@ class Settings(Group):
         It does in one optimizer step without dropout: PPO's ratio is then 1.
         """
         return self.ppo.epochs * self.ppo.minibatches == 1 and self.actor.dropout == 0
+
+    @property
+    def critic_learns_at_once(self) -> bool:
+        """Whether the critic learns in the forward pass that gives its values."""
+        one_step = self.ppo.epochs * self.ppo.minibatches == 1
+        return self.ppo.reuse_values and one_step and self.critic.dropout == 0
 
     @property
     def gres_name(self) -> str | None:

@@ -99,6 +99,7 @@ def test_a_step_by_hand() -> None:
     assert float(found) == generation + 2 * policy + 2 * score + 2 * 3 * (policy + score)
     costs = (prompts, answers, model, scorer, scorer)
     assert float(found - flops.of_step(*costs, epochs=2, recorded=True)) == policy
+    assert float(found - flops.of_step(*costs, epochs=2, learns_at_once=True)) == score
 
 
 def test_without_a_reward_model_a_step_costs_less() -> None:

@@ -24,8 +24,8 @@ from hlrlhf.trainer.device import Device, Product
 PACKED_FROM = 2**18
 # A measurement is the median of so many products of either kind, in turn.
 TRIES = 7
-# Between two of them so many bytes are written, as in a rollout other weights are read: a processor's
-# own cache holds neither copy by then.
+# Between two of them so many bytes are written, as in a rollout other weights are read: by then a
+# processor's own cache holds neither copy.
 BETWEEN = 2**26
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from hlrlhf.trainer.decoding.weights import Prepared
 from hlrlhf.trainer.device import Device
 from hlrlhf.trainer.models.engine import gathered
 from hlrlhf.trainer.models.forwards import Placed
+from hlrlhf.trainer.ranks import summed
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,38 @@ def outputs(
         for part in parts:
             inputs = (sequences[part.rows, part.columns], attention_mask[part.rows, part.columns])
             width = part.answers.stop
-            found.append(pad(model(*inputs, width, *further), (0, answer_width - width)))
+            found.append(model(*inputs, width, *further))
             device.step_done()
-    return torch.cat(found)[torch.cat([part.rows for part in parts]).argsort()]
+    return together(found, parts, answer_width)
+
+
+def together(found: Sequence[Tensor], parts: Sequence[MicroBatch], answer_width: int) -> Tensor:
+    """A batch of what was found for its micro batches.
+
+    Args:
+        found: of each micro batch, its rows by the columns of its answers, or by some more.
+        answer_width: r.
+
+    Returns:
+        As wide for answers of r columns, each row at its place; 0 in columns that were cut.
+    """
+    wide = [
+        pad(one, (0, answer_width - part.answers.stop))
+        for one, part in zip(found, parts, strict=True)
+    ]
+    return torch.cat(wide)[torch.cat([part.rows for part in parts]).argsort()]
+
+
+def token_share(answer_mask: Tensor, settings: Settings) -> Tensor:
+    """What a token counts in the loss of a minibatch; all ranks have to call it.
+
+    The same, however the rows are spread over micro batches and ranks. DeepSpeed divides by the
+    ranks, so that is taken back.
+
+    Args:
+        answer_mask: [n, r], of this rank's rows.
+
+    Returns:
+        A scalar.
+    """
+    return settings.world_size / summed(answer_mask.sum().float())

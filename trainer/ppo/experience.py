@@ -15,6 +15,7 @@ from hlrlhf.trainer.device import Device
 from hlrlhf.trainer.models.forwards import Placed
 from hlrlhf.trainer.models.roles import Models
 from hlrlhf.trainer.ppo.batches import micro_batches, outputs
+from hlrlhf.trainer.ppo.critic import Learnt, values_learnt
 from hlrlhf.trainer.ppo.rewards import Rewards
 from hlrlhf.trainer.ppo.rollout import Rollout
 from hlrlhf.trainer.ranks import summed
@@ -32,6 +33,7 @@ class Experience:
         scores: [b], as they were given: not normalised, not clipped.
         advantages, returns: [b, r]; advantages are whitened over the global batch, if at all.
         recorded: whether `logprobs` were recorded while the actor sampled, see `reused`.
+        learnt: what the critic has learnt from it already, if it has.
     """
 
     sequences: Tensor
@@ -44,6 +46,7 @@ class Experience:
     advantages: Tensor
     returns: Tensor
     recorded: bool = False
+    learnt: Learnt | None = None
 
     @property
     def answer_width(self) -> int:
@@ -87,7 +90,12 @@ def reused(rollout: Rollout, settings: Settings) -> Tensor | None:
 
 @torch.no_grad()
 def score(
-    rollout: Rollout, models: Models, rewards: Rewards, settings: Settings, kl_coefficient: float
+    rollout: Rollout,
+    models: Models,
+    rewards: Rewards,
+    settings: Settings,
+    kl_coefficient: float,
+    learn: bool = False,
 ) -> Experience:
     """What models and rewards say of a rollout; dropout is off, as it was when the actor sampled.
 
@@ -96,6 +104,7 @@ def score(
         models: actor, critic and reference.
         rewards: what scores the answers.
         kl_coefficient: weight of the KL penalty.
+        learn: whether the critic learns meanwhile, see `critic.values_learnt`.
     """
     actor, critic, reference, device = (
         models.actor,
@@ -109,19 +118,18 @@ def score(
     logprobs = recorded = reused(rollout, settings)
     if logprobs is None:
         logprobs = answer_logprobs(actor, rollout, settings, device)
-    texts = (rollout.sequences, rollout.attention_mask, rollout.answer_width)
-    values = outputs(critic, *texts, settings, device)[:, :-1]
-    return assemble(
-        rollout,
-        logprobs,
-        reference_logprobs,
-        values,
-        rewards.scores(rollout),
-        rewards,
-        settings,
-        kl_coefficient,
-        recorded=recorded is not None,
+    scores = rewards.scores(rollout)
+    rewarded = token_rewards(
+        rollout, logprobs, reference_logprobs, scores, rewards, settings, kl_coefficient
     )
+    learnt = None
+    if learn:
+        values, learnt = values_learnt(critic, rollout, rewarded, settings, device)
+    else:
+        texts = (rollout.sequences, rollout.attention_mask, rollout.answer_width)
+        values = outputs(critic, *texts, settings, device)[:, :-1]
+    found = assemble(rollout, logprobs, reference_logprobs, values, scores, rewarded, settings)
+    return replace(found, recorded=recorded is not None, learnt=learnt)
 
 
 def answer_logprobs(policy: Placed, rollout: Rollout, settings: Settings, device: Device) -> Tensor:
@@ -139,39 +147,62 @@ def answer_logprobs(policy: Placed, rollout: Rollout, settings: Settings, device
     return outputs(policy, *texts, settings, device, settings.generation.temperature)
 
 
+def token_rewards(
+    rollout: Rollout,
+    logprobs: Tensor,
+    reference: Tensor,
+    scores: Tensor,
+    rewards: Rewards,
+    settings: Settings,
+    kl_coefficient: float,
+) -> Tensor:
+    """What each token is rewarded with: the KL penalty, and a whole answer's score on its last.
+
+    Args:
+        rollout: this rank's.
+        logprobs, reference: [b, r].
+        scores: [b].
+        rewards: shapes the scores.
+        settings: the PPO settings are read.
+        kl_coefficient: weight of the KL penalty.
+
+    Returns:
+        [b, r].
+    """
+    kl = formulas.kl_estimate(logprobs, reference, settings.ppo.kl_estimator)
+    shaped = rewards.shaped(scores, rollout.ended)
+    # What is no number is not learnt from, whatever it was clipped to.
+    shaped = torch.where(scores.isfinite(), shaped, torch.nan)
+    # On the last token, wherever the reward model is read: to end was the last action that the
+    # score is due to. On the token before, it would teach to go on, with a score yet to come.
+    last = rollout.lengths - 1
+    return formulas.token_rewards(shaped, kl, rollout.answer_mask, kl_coefficient, last)
+
+
 def assemble(
     rollout: Rollout,
     logprobs: Tensor,
     reference: Tensor,
     values: Tensor,
     scores: Tensor,
-    rewards: Rewards,
+    rewarded: Tensor,
     settings: Settings,
-    kl_coefficient: float,
-    recorded: bool = False,
 ) -> Experience:
-    """Rewards per token, advantages and returns from the models' outputs.
+    """Advantages and returns from what models and rewards say.
 
     Args:
         rollout: this rank's.
         logprobs, reference, values: [b, r].
         scores: [b].
-        rewards: shapes the scores.
+        rewarded: [b, r], see `token_rewards`.
         settings: the PPO settings are read.
-        kl_coefficient: weight of the KL penalty.
-        recorded: whether the log-probs are.
     """
     mask = rollout.answer_mask
     # Padding may have the probability 0, and minus infinity times 0 is no number.
     logprobs = torch.where(mask, logprobs, 0)
     reference = torch.where(mask, reference, 0)
-    kl = formulas.kl_estimate(logprobs, reference, settings.ppo.kl_estimator)
-    shaped = rewards.shaped(scores, rollout.ended)
-    # On the last token, wherever the reward model is read: to end was the last action that the
-    # score is due to. On the token before, it would teach to go on, with a score yet to come.
-    token_rewards = formulas.token_rewards(shaped, kl, mask, kl_coefficient, rollout.lengths - 1)
     advantages, returns = formulas.advantages_and_returns(
-        token_rewards, values, mask, settings.ppo.gamma, settings.ppo.gae_lambda
+        rewarded, values, mask, settings.ppo.gamma, settings.ppo.gae_lambda
     )
     if settings.ppo.whiten_advantages:
         mean, variance = moments(advantages, mask)
@@ -186,7 +217,6 @@ def assemble(
         scores=scores,
         advantages=advantages,
         returns=returns,
-        recorded=recorded,
     )
 
 

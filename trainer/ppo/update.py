@@ -10,9 +10,9 @@ from hlrlhf.settings import Settings
 from hlrlhf.trainer import formulas
 from hlrlhf.trainer.models import engine
 from hlrlhf.trainer.models.roles import Models
+from hlrlhf.trainer.ppo.batches import token_share
 from hlrlhf.trainer.ppo.experience import Experience
 from hlrlhf.trainer.ppo.pretraining import Mix
-from hlrlhf.trainer.ranks import summed
 
 
 def update(
@@ -22,8 +22,8 @@ def update(
 
     Args:
         experience: this rank's.
-        models: of which actor and critic are updated, and the average after each of the actor's
-            steps.
+        models: of which the actor is updated, the average after each of its steps, and the critic
+            unless it has learnt already.
         mix: of the language-modelling loss beside the actor's, or None.
 
     Returns:
@@ -34,14 +34,13 @@ def update(
     actor.train()
     critic.train()
     policy = torch.zeros(4, device=device.torch)
-    values = torch.zeros((), device=device.torch)
+    values, applied = torch.zeros((), device=device.torch), True
+    if experience.learnt is not None:
+        values, applied = experience.learnt
     texts = torch.zeros(2, device=device.torch)
-    applied = True
     for _ in range(settings.ppo.epochs):
         for minibatch in experience.split(len(experience.scores) // settings.ppo.minibatches):
-            # Each token of the minibatch counts the same, however its rows are spread over micro
-            # batches and ranks. DeepSpeed divides by the ranks, so that is taken back.
-            share = settings.world_size / summed(minibatch.answer_mask.sum().float())
+            share = token_share(minibatch.answer_mask, settings)
             micros = minibatch.micro_batches(settings, device)
             # One model after the other, so that the gradients of one at a time take up memory.
             for micro in micros:
@@ -56,7 +55,7 @@ def update(
                     texts += seen
             if models.average is not None and actor.was_step_applied():
                 models.average.update()
-            for micro in micros:
+            for micro in micros if experience.learnt is None else ():
                 loss = _value_loss(critic, micro, settings)
                 applied &= engine.descend(critic, loss * share)
                 device.step_done()

@@ -234,8 +234,9 @@ def update_in_chunks(folder: Path) -> list[int]:
         logprobs = experience.answer_logprobs(actor, rolled_out, settings, cpu)
     counts = [len(runs)]
     scores, values = torch.ones(4), torch.zeros_like(logprobs)
-    rest = (values, scores, Rewards([], settings), settings, 0.1)
-    found = experience.assemble(rolled_out, logprobs, logprobs, *rest)
+    found = experience.assemble(
+        rolled_out, logprobs, logprobs, values, scores, torch.zeros_like(values), settings
+    )
     _, whole = update(found, models, None, settings)
     assert whole
     return [*counts, len(runs)]

@@ -273,16 +273,10 @@ def assembled(
     made = tiny.rolled_out([[1, 5]] * len(answers), answers)
     shape = made.answer_mask.shape
     settings = tiny.settings(*flags)
-    return experience.assemble(
-        made,
-        torch.full(shape, -1.0),
-        torch.full(shape, -1.5),
-        torch.full(shape, values),
-        torch.tensor(scores),
-        Rewards([], settings),
-        settings,
-        kl_coefficient,
-    )
+    said = (torch.full(shape, -1.0), torch.full(shape, -1.5))
+    given, rewards = torch.tensor(scores), Rewards([], settings)
+    rewarded = experience.token_rewards(made, *said, given, rewards, settings, kl_coefficient)
+    return experience.assemble(made, *said, torch.full(shape, values), given, rewarded, settings)
 
 
 def test_the_end_token_carries_the_score() -> None:
