@@ -108,7 +108,9 @@ WORKLOADS = {
     "bloom-250k-2x4": Workload("bloom-250k", 2, 4, OURS, TRL),
     "llama-512-4x1": Workload("llama-512", 4, 1, OURS, TRL),
     "llama-64-4x1": Workload("llama-64", 4, 1, OURS, UNCOLLECTED),
-    "llama-64-compiled": Workload("llama-64", 4, 1, COMPILED, UNCOLLECTED),
+    "llama-512-2x4-compiled": Workload("llama-512", 2, 4, COMPILED, TRL),
+    "llama-512-4x1-compiled": Workload("llama-512", 4, 1, COMPILED, TRL),
+    "llama-64-4x1-compiled": Workload("llama-64", 4, 1, COMPILED, UNCOLLECTED),
     "llama-512-early": Workload("llama-512", 2, 4, EARLY, OURS),
     "llama-512-adapters": Workload("llama-512", 2, 4, ALONE, OURS),
     "llama-64-zero3": Workload(

@@ -96,8 +96,8 @@ _IDLE: tuple[tuple[tuple[str, ...], tuple[str, ...], Callable[[Settings], bool],
     (
         ("generation.pack_weights",),
         ("generation.decoder",),
-        lambda settings: settings.generation.decoder == "own",
-        "it is our own loop, not compiled, that samples from packed weights",
+        lambda settings: settings.generation.decoder != "generate",
+        "it is our own loop that samples from packed weights",
     ),
     (
         ("optimizer.grad_accum_dtype",),

@@ -69,6 +69,8 @@ class Loop(Base, ABC):
         may_pack: see `weights.Prepared`.
     """
 
+    compiled = False
+
     def __init__(
         self,
         sampling: Sampling,
@@ -77,7 +79,7 @@ class Loop(Base, ABC):
         may_pack: bool = True,
     ):
         super().__init__(sampling, device, warned)
-        self._weights = Prepared(device, may_pack)
+        self._weights = Prepared(device, may_pack, self.compiled)
 
     @torch.no_grad()
     def __call__(

@@ -127,7 +127,8 @@ def decoder(
         return Chosen(plain)
     if device.loop == "fixed":
         return Chosen(Fixed(how, device, warned), plain)
-    own = Shrinking(how, device, warned, settings.generation.pack_weights)
+    pack = settings.generation.pack_weights
+    own = Shrinking(how, device, warned, pack)
     if settings.generation.decoder == "compiled":
-        return Chosen(Compiled(how, device, warned), own, plain)
+        return Chosen(Compiled(how, device, warned, pack), own, plain)
     return Chosen(own, plain)

@@ -73,12 +73,7 @@ class Compiled(Fixed):
     """
 
     name = "generation.decoder = compiled"
-
-    def __init__(
-        self, sampling: Sampling, device: Device, warned: Callable[[], bool] = lambda: False
-    ):
-        # oneDNN's packed weights are none that the inductor can read.
-        super().__init__(sampling, device, warned, may_pack=False)
+    compiled = True
 
     def _repeated(self, step: Callable[[], None]) -> Callable[[], None]:
         # The random numbers are torch's own, as without it; and no process stays to compile more.

@@ -39,11 +39,13 @@ class Prepared:
         device: what computes.
         may_pack: whether weights may be packed; they are where that is measured to be faster, of
             each shape at the first rollout. A run that is resumed packs the same ones.
+        compiled: whether the layers are called by what is compiled, which cannot read such weights.
     """
 
-    def __init__(self, device: Device, may_pack: bool):
+    def __init__(self, device: Device, may_pack: bool, compiled: bool = False):
         self._device = device
         self._may_pack = may_pack
+        self._compiled = compiled
         self._packs: dict[str, bool] = {}
 
     @contextlib.contextmanager
@@ -71,6 +73,7 @@ class Prepared:
         finally:
             for layer in replaced:
                 del layer.forward  # of this layer alone: what is left is its class's
+            _PRODUCTS.clear()
 
     def _product(self, layer: nn.Module, rows: int) -> Product | None:
         """What computes a layer in a rollout; None where that is its own forward."""
@@ -103,7 +106,7 @@ class Prepared:
                         packed, plain, weight.new_ones(rows, 1, weight.shape[1])
                     )
                 if self._packs[shape]:
-                    return packed
+                    return _unread(packed, len(weight)) if self._compiled else packed
         return None if added is None else plain
 
     def _is_faster(self, packed: Product, plain: Product, read: Tensor) -> bool:
@@ -127,3 +130,24 @@ class Prepared:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Pack the same ones."""
         self._packs = dict(state)
+
+
+# What an operation calls that a compiler does not look into.
+_PRODUCTS: list[Product] = []
+
+
+@torch.library.custom_op("hlrlhf::product", mutates_args=())
+def _called(read: Tensor, number: int, width: int) -> Tensor:
+    return _PRODUCTS[number](read)
+
+
+@_called.register_fake
+def _shaped(read: Tensor, number: int, width: int) -> Tensor:
+    return read.new_empty(*read.shape[:-1], width)
+
+
+def _unread(product: Product, width: int) -> Product:
+    """The same product, to [..., width], by its place in the model: compiled once for all."""
+    number = len(_PRODUCTS)
+    _PRODUCTS.append(product)
+    return lambda read: _called(read, number, width)
