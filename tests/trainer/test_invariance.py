@@ -146,6 +146,20 @@ def test_the_gradient_does_not_change_with(tmp_path: Path, case: str, architectu
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+@pytest.mark.parametrize("flags", [[], ["actor.cp_act=1"]], ids=str)
+def test_the_gradient_does_not_change_where_weights_are_brought_together(
+    tmp_path: Path, flags: list[str], architecture: str
+) -> None:
+    """Of matrices that are large enough for ZeRO-3 to partition."""
+    options = tiny.WIDE[architecture]
+    expected = measured(tmp_path, architecture, same, **options)
+
+    found = measured(tmp_path, architecture, same, "actor.zero_stage=3", *flags, **options)
+
+    assert furthest(found, expected) == pytest.approx(0, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_the_gradient_does_not_change_with_chunks_of_a_partitioned_head(
     tmp_path: Path, architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,6 +17,7 @@ from deepspeed import DeepSpeedEngine
 from deepspeed.runtime import bf16_optimizer
 from deepspeed.utils import groups as rank_groups
 from deepspeed.utils import logger as deepspeed_logger
+from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -24,7 +25,7 @@ from hlrlhf.settings import Settings
 from hlrlhf.settings.schema import Actor, Critic
 from hlrlhf.trainer.device import Device
 from hlrlhf.trainer.errors import TrainerError
-from hlrlhf.trainer.models.forwards import Policy, Scorer
+from hlrlhf.trainer.models.forwards import Policy, Scorer, unwrapped
 from hlrlhf.trainer.models.lora import is_adapter
 
 
@@ -168,7 +169,7 @@ def partitioned(
     return engine
 
 
-def _partition(model: nn.Module, config: dict[str, Any], device: Device) -> None:
+def _partition(model: Policy | Scorer, config: dict[str, Any], device: Device) -> None:
     """Give each rank its part of each weight, one weight after the other, under ZeRO-3.
 
     DeepSpeed would bring the whole model to the device first, where it may have no room.
@@ -177,6 +178,13 @@ def _partition(model: nn.Module, config: dict[str, Any], device: Device) -> None
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)  # adapters are in fp32 at first
     deepspeed.zero.Init(module=model, config_dict_or_path=config)
+    # A block's weights are brought together at once, not layer by layer: fewer and larger gathers,
+    # and no hooks that take longer than the layers of a small model. Not with adapters: where
+    # nothing before a block trains, DeepSpeed lets go of its weights before its backward pass.
+    names = unwrapped(model.inner)._no_split_modules or ()
+    blocks = {type(module) for module in model.modules() if type(module).__name__ in names}
+    if blocks and not any(is_adapter(name) for name, _ in model.named_parameters()):
+        set_z3_leaf_modules(model, list(blocks))
     model.to(device.torch)  # the buffers, by now
 
 

@@ -12,6 +12,9 @@ import deepspeed
 import pytest
 import tiny
 import torch
+from deepspeed.runtime.zero.partitioned_param_coordinator import (
+    PartitionedParameterCoordinator,
+)
 from ranks import together
 from tiny import one_rank  # noqa: F401
 from torch import nn
@@ -212,6 +215,33 @@ def test_under_zero_3_what_scores_is_whole_and_computes_as_torch_does(tmp_path: 
 
     assert functional.linear is deepspeeds
     assert [parameter.numel() for parameter in policy.parameters()] != sizes
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_under_zero_3_a_block_is_brought_together_at_once(
+    tmp_path: Path, architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = tiny.settings("actor.zero_stage=3")
+    model = tiny.save_policy(tmp_path, architecture, **tiny.WIDE[architecture])
+    policy = loading.load_policy(str(model), "fp32", 0.0)
+    trained = engine.trained(policy, settings.actor, settings, tiny.cpu(settings), 1)
+    fetched: list[Any] = []
+    fetch = PartitionedParameterCoordinator.fetch_sub_module
+
+    def noted(self: Any, module: Any, *more: Any, **named: Any) -> None:
+        fetched.append(module)
+        fetch(self, module, *more, **named)
+
+    monkeypatch.setattr(PartitionedParameterCoordinator, "fetch_sub_module", noted)
+
+    loss_of(trained, [[1, 5, 6]])
+
+    blocks = [m for m in policy.modules() if type(m).__name__ in policy.lm._no_split_modules]
+    within = {part for block in blocks for part in block.modules() if part is not block}
+    assert len(blocks) == 2
+    assert set(blocks) <= set(fetched)
+    assert not within & set(fetched)
 
 
 @pytest.mark.usefixtures("one_rank")
