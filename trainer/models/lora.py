@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hlrlhf.settings import Settings
 from hlrlhf.trainer.errors import TrainerError
+from hlrlhf.trainer.models.adapted import fuse
 from hlrlhf.trainer.models.forwards import Policy, Scorer
 
 
@@ -34,6 +35,7 @@ def add_adapters(model: Policy | Scorer, settings: Settings) -> None:
     adapted = get_peft_model(inner, config)
     for layer in _layers(adapted).values():
         _start(layer)
+        fuse(layer)
     if isinstance(model, Policy):
         model.lm = adapted
     else:
