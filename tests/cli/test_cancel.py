@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, job_id
+from cluster import Cluster, job_id, until
 
 from hlrlhf import runs
 from hlrlhf.jobs.states import look
@@ -80,8 +80,10 @@ def test_an_unknown_name_does_not_keep_the_others(
 
 @pytest.mark.slurm
 def test_a_run_whose_directory_was_deleted(on_slurm: Cluster, submit: Callable[..., Run]) -> None:
-    run = submit("sleep 600")
-    on_slurm.wait(job_id(run), "RUNNING")
+    run = submit("echo up; sleep 600")
+    log = run.batch_log(job_id(run))
+    # Before that Slurm would not find what it needs there.
+    until(lambda: log.exists() and "up" in log.read_text(), "the script's first word")
     shutil.rmtree(run.directory)
     (seen,) = look([runs.find("run")])
     assert (seen.state, seen.reason.split(":")[0]) == ("RUNNING", "its directory is not there")

@@ -206,10 +206,10 @@ def test_lazy_mode_with_graphs_end_to_end(demo_models: Path, tmp_path: Path) -> 
     assert count["FusedAdamW lr=0.001 betas=(0.9, 0.95) eps=0.01"] == 2
     assert count["synchronize"] == 6, "three clocked parts of two steps"
     # Per step: after each token and the rollout, then two micro batches each for the reference, the
-    # critic and the reward model, and for the update of each trained one. And one to check the
-    # first rollout with.
+    # reward model, the critic, which learns at once, and the actor. And one to check the first
+    # rollout with.
     tokens = count["graph forward"]
-    assert count["mark_step"] == tokens + 2 * (1 + 3 * 2 + 2 * 2) + 1
+    assert count["mark_step"] == tokens + 2 * (1 + 4 * 2) + 1
     assert run.metrics[0]["peak_memory_bytes"] == 3 << 30
     # One graph per rollout; what comes between its making and its end is generation only.
     parts = [call for call in calls if call.startswith(("wrap", "clear", "mark", "graph"))]
