@@ -50,6 +50,11 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, str(tmp_path))
 
 
+# Slurm signals all processes of a step, one after the other: what is waited for may end first, and
+# what would outlive the rank holds the step.
+STAY = "sleep 100 & wait; sleep 5 & wait"
+
+
 def rank(folder: Path, body: str = RANK) -> Path:
     """A command that does what `body` says, in bash, and leaves."""
     file = folder / "rank"
@@ -347,7 +352,7 @@ def test_a_warning_reaches_every_rank(
     """Slurm warns the batch shell; the ranks' own exit code is the job's."""
     rank(
         tmp_path,
-        f"trap 'echo {words} $RANK; leave 75' {number}\necho ready\nsleep 100 & wait",
+        f"trap 'echo {words} $RANK; leave 75' {number}\necho ready\n{STAY}",
     )
     job = submit("--set", "num_nodes=2", "--set", "slurm.signal_lead=60").stdout.strip()
     logs = settings / "try" / "logs"
@@ -366,7 +371,7 @@ def test_a_run_that_was_asked_to_stop_is_not_requeued(
     on_slurm: Cluster, settings: Path, tmp_path: Path
 ) -> None:
     """By its user, who signals the ranks as a preemption does."""
-    rank(tmp_path, "trap 'leave 75 warned' USR1\necho ready\nsleep 100 & wait")
+    rank(tmp_path, f"trap 'leave 75 warned' USR1\necho ready\n{STAY}")
     job = submit("--set", "slurm.requeue=true").stdout.strip()
     log = settings / "try" / "logs" / f"{job}.0.log"
     until(lambda: log.exists() and log.read_text().count("ready") == 2, "the ranks")
@@ -432,7 +437,7 @@ def test_a_preempted_job_stops_within_its_grace(
     """Slurm asks the ranks alone, by SIGTERM, and would requeue the job at the end of the grace."""
     rank(
         tmp_path,
-        "((HLRLHF_ATTEMPT)) && leave 0\ntrap 'leave 75 saved' TERM\necho ready\nsleep 100 & wait",
+        f"((HLRLHF_ATTEMPT)) && leave 0\ntrap 'leave 75 saved' TERM\necho ready\n{STAY}",
     )
     flags = ("slurm.partition=low", "slurm.exclusive=true", f"slurm.requeue={requeue}")
     job = submit(*(f"--set={flag}" for flag in flags)).stdout.strip()
