@@ -295,20 +295,14 @@ def check_dropout(actor: Path, critic: Path) -> None:
 class Run:
     """Actor and critic through two updates.
 
-    AdamW with an epsilon far above all gradients is gradient descent, so that the first update
-    moves weights by a constant times the gradient.
+    With `tiny.DESCENT` the first one moves weights by a constant times the gradient.
     """
 
     def __init__(self, folder: Path, kind: str, *flags: str):
         self.folder = folder / kind
         self.settings = tiny.settings(
             "mbs=4",
-            "num_warmup_steps=0",
-            "optimizer.lr_scheduler=constant",
-            "optimizer.gradient_clipping=0",
-            "optimizer.epsilon=1e6",
-            "actor.learning_rate=1e5",
-            "critic.learning_rate=1e5",
+            *tiny.DESCENT,
             *flags,
         )
         cpu = tiny.cpu(self.settings)

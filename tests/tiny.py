@@ -32,6 +32,16 @@ ARCHITECTURES = ("llama", "bloom")
 # And one with an embedding for each position, which shows a wrong one at once.
 WITH_POSITIONS = (*ARCHITECTURES, "gpt2")
 VOCABULARY, PAD, BOS, EOS = 48, 0, 1, 2
+# AdamW with an epsilon far above all gradients is gradient descent: weights move by a constant
+# times the gradient.
+DESCENT = (
+    "num_warmup_steps=0",
+    "optimizer.lr_scheduler=constant",
+    "optimizer.gradient_clipping=0",
+    "optimizer.epsilon=1e6",
+    "actor.learning_rate=1e5",
+    "critic.learning_rate=1e5",
+)
 TEXTS = ["Human: where is the blue boat?\n\nAssistant: In the harbour.", "user assistant system"]
 
 
@@ -178,6 +188,13 @@ def partitioned(engine: Any) -> int:
     """How many of a ZeRO-3 engine's large tensors are not whole on this rank between forwards."""
     large = [p for p in engine.module.parameters() if p.ds_numel > 100_000]
     return sum(parameter.numel() < parameter.ds_numel for parameter in large)
+
+
+def draw_adapters(model: Any) -> None:
+    """Let adapters, which begin at 0, say something."""
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=0.3)
 
 
 class Engine:

@@ -1,8 +1,8 @@
 """What must not change the gradient: how the same rows are laid out and computed.
 
-AdamW with an epsilon far above all gradients is gradient descent, so weights move by a constant
-times the gradient, through the whole engine. `pytest -rP tests/test_invariance.py` prints what was
-measured; tests/test_trainer.py has the same for whole runs on one and two ranks.
+With `tiny.DESCENT` weights move by a constant times the gradient, through the whole engine. `pytest
+-rP tests/test_invariance.py` prints what was measured; tests/test_trainer.py has the same for whole
+runs on one and two ranks.
 """
 
 from __future__ import annotations
@@ -66,12 +66,7 @@ def measured(
     """Losses, and by how much each model's weights move, as one vector for each."""
     settings = tiny.settings(
         "mbs=4",
-        "num_warmup_steps=0",
-        "optimizer.lr_scheduler=constant",
-        "optimizer.gradient_clipping=0",
-        "optimizer.epsilon=1e6",
-        "actor.learning_rate=1e5",
-        "critic.learning_rate=1e5",
+        *tiny.DESCENT,
         "pretraining.path=/texts",
         "pretraining.max_tokens=4",
         "pretraining.coefficient=0.3",

@@ -37,9 +37,7 @@ def adapted(folder: Path, dtype: str = "fp32") -> Any:
     """A policy whose adapters say something."""
     policy = loading.load_policy(str(tiny.save_policy(folder, "llama")), dtype, 0.0)
     lora.add_adapters(policy, tiny.settings("lora.dim=2"))
-    for name, parameter in policy.named_parameters():
-        if ".lora_B." in name:
-            nn.init.normal_(parameter, std=0.3)
+    tiny.draw_adapters(policy)
     return policy.eval()
 
 

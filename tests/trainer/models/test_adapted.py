@@ -55,6 +55,14 @@ def without_pefts_forward() -> Iterator[None]:
         yield
 
 
+def asked_of_peft(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Gets an entry for each layer that peft's forward computes."""
+    asked: list[Any] = []
+    pefts = LoraLinear.forward
+    monkeypatch.setattr(LoraLinear, "forward", lambda *given: (asked.append(1), pefts(*given))[1])
+    return asked
+
+
 def logprobs(policy: Any) -> Any:
     return policy(*tiny.padded(ROWS), 2, 1.0)
 
@@ -150,9 +158,7 @@ def test_peft_computes_what_the_function_does_not_know(
     change(policy)
     torch.manual_seed(3)
     expected = logprobs(as_peft_has_it(policy))
-    asked = []
-    pefts = LoraLinear.forward
-    monkeypatch.setattr(LoraLinear, "forward", lambda *given: (asked.append(1), pefts(*given))[1])
+    asked = asked_of_peft(monkeypatch)
 
     torch.manual_seed(3)
     found = logprobs(policy)
@@ -262,9 +268,7 @@ def test_in_an_engine_the_function_computes_but_under_zero_3(
     policy = loading.load_policy(str(tiny.save_policy(tmp_path, "llama")), dtype, 0.0)
     lora.add_adapters(policy, settings)
     trained = engine.trained(policy, settings.actor, settings, tiny.cpu(settings), 2)
-    asked = []
-    pefts = LoraLinear.forward
-    monkeypatch.setattr(LoraLinear, "forward", lambda *given: (asked.append(1), pefts(*given))[1])
+    asked = asked_of_peft(monkeypatch)
 
     for _ in range(2):  # mbs is half of gbs
         engine.descend(trained, logprobs(trained).sum())

@@ -63,9 +63,7 @@ def test_what_scores_has_its_adapters_in_its_weights(
     settings = tiny.settings("mbs=2", "gbs=6", "lora.dim=2")
     policy = loading.load_policy(str(tiny.save_policy(tmp_path, "llama")), "fp32", 0.0)
     lora.add_adapters(policy, settings)
-    for name, part in policy.named_modules():
-        if name.endswith(".lora_B.default"):
-            torch.nn.init.normal_(part.weight, std=0.3)
+    tiny.draw_adapters(policy)
     called: list[str] = []
     own = Adapted.forward
 

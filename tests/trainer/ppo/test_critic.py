@@ -31,12 +31,7 @@ class Case:
     def __init__(self, folder: Path, *flags: str):
         self.settings = tiny.settings(
             "mbs=2",
-            "num_warmup_steps=0",
-            "optimizer.lr_scheduler=constant",
-            "optimizer.gradient_clipping=0",
-            "optimizer.epsilon=1e6",
-            "actor.learning_rate=1e5",
-            "critic.learning_rate=1e5",
+            *tiny.DESCENT,
             "ppo.kl_coefficient=0.3",
             "ppo.gae_lambda=0.9",
             *flags,
