@@ -756,18 +756,22 @@ class Settings(Group):
         return self.reference.model_path in (None, self.actor.model_path)
 
     @property
+    def updates_once(self) -> bool:
+        """Whether a rollout makes one optimizer step."""
+        return self.ppo.epochs * self.ppo.minibatches == 1
+
+    @property
     def trains_on_policy(self) -> bool:
         """Whether the actor learns from a rollout as the very policy that sampled it.
 
         It does in one optimizer step without dropout: PPO's ratio is then 1.
         """
-        return self.ppo.epochs * self.ppo.minibatches == 1 and self.actor.dropout == 0
+        return self.updates_once and self.actor.dropout == 0
 
     @property
     def critic_learns_at_once(self) -> bool:
         """Whether the critic learns in the forward pass that gives its values."""
-        one_step = self.ppo.epochs * self.ppo.minibatches == 1
-        return self.ppo.reuse_values and one_step and self.critic.dropout == 0
+        return self.ppo.reuse_values and self.updates_once and self.critic.dropout == 0
 
     @property
     def gres_name(self) -> str | None:

@@ -26,8 +26,6 @@ class Base:
         warned: see `decoder.Decoder`.
     """
 
-    name = "generation.decoder = own"
-
     def __init__(
         self, sampling: Sampling, device: Device, warned: Callable[[], bool] = lambda: False
     ):
@@ -69,6 +67,7 @@ class Loop(Base, ABC):
         may_pack: see `weights.Prepared`.
     """
 
+    name = "generation.decoder = own"
     compiled = False
 
     def __init__(

@@ -28,6 +28,26 @@ class Learnt(NamedTuple):
     applied: bool
 
 
+def descend(
+    critic: DeepSpeedEngine,
+    values: Tensor,
+    old: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    share: Tensor,
+    settings: Settings,
+) -> Learnt:
+    """Backward pass of a micro batch, and after the last of a minibatch the optimizer's step.
+
+    Args:
+        values: [n, r], with gradient.
+        old, returns, mask: [n, r], see `formulas.value_loss`.
+        share: what a token counts, see `token_share`.
+    """
+    loss = formulas.value_loss(values, old, returns, mask, settings.ppo.value_clip_range)
+    return Learnt(loss.detach(), engine.descend(critic, loss * share))
+
+
 @torch.enable_grad()
 def values_learnt(
     critic: DeepSpeedEngine,
@@ -63,9 +83,9 @@ def values_learnt(
         _, returns = formulas.advantages_and_returns(
             token_rewards[rows, answers], old, valid, settings.ppo.gamma, settings.ppo.gae_lambda
         )
-        loss = formulas.value_loss(values, old, returns, valid, settings.ppo.value_clip_range)
-        applied &= engine.descend(critic, loss * share)
+        learnt = descend(critic, values, old, returns, valid, share, settings)
         device.step_done()
-        total += loss.detach()
+        total += learnt.loss
+        applied &= learnt.applied
         found.append(old)
     return together(found, parts, width), Learnt(total, applied)

@@ -113,7 +113,6 @@ def score(
         models.device,
     )
     actor.module.eval()
-    critic.module.eval()
     reference_logprobs = answer_logprobs(reference, rollout, settings, device)
     logprobs = recorded = reused(rollout, settings)
     if logprobs is None:
@@ -126,6 +125,7 @@ def score(
     if learn:
         values, learnt = values_learnt(critic, rollout, rewarded, settings, device)
     else:
+        critic.module.eval()
         texts = (rollout.sequences, rollout.attention_mask, rollout.answer_width)
         values = outputs(critic, *texts, settings, device)[:, :-1]
     found = assemble(rollout, logprobs, reference_logprobs, values, scores, rewarded, settings)

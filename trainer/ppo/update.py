@@ -10,6 +10,7 @@ from hlrlhf.settings import Settings
 from hlrlhf.trainer import formulas
 from hlrlhf.trainer.models import engine
 from hlrlhf.trainer.models.roles import Models
+from hlrlhf.trainer.ppo import critic as critics
 from hlrlhf.trainer.ppo.batches import token_share
 from hlrlhf.trainer.ppo.experience import Experience
 from hlrlhf.trainer.ppo.pretraining import Mix
@@ -56,10 +57,10 @@ def update(
             if models.average is not None and actor.was_step_applied():
                 models.average.update()
             for micro in micros if experience.learnt is None else ():
-                loss = _value_loss(critic, micro, settings)
-                applied &= engine.descend(critic, loss * share)
+                learnt = _teach(critic, micro, share, settings)
                 device.step_done()
-                values += loss.detach()
+                values += learnt.loss
+                applied &= learnt.applied
     tokens = experience.answer_mask.sum() * settings.ppo.epochs
     names = ("actor_loss", "clip_fraction", "ratio", "update_kl")
     totals = {name: (total, tokens) for name, total in zip(names, policy, strict=True)}
@@ -90,8 +91,9 @@ def _policy_loss(
     return formulas.PolicyLoss(*sums)
 
 
-def _value_loss(critic: DeepSpeedEngine, micro: Experience, settings: Settings) -> Tensor:
+def _teach(
+    critic: DeepSpeedEngine, micro: Experience, share: Tensor, settings: Settings
+) -> critics.Learnt:
     values = critic(micro.sequences, micro.attention_mask, micro.answer_width)[:, :-1]
-    return formulas.value_loss(
-        values, micro.values, micro.returns, micro.answer_mask, settings.ppo.value_clip_range
-    )
+    known = (micro.values, micro.returns, micro.answer_mask)
+    return critics.descend(critic, values, *known, share, settings)
