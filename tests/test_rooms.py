@@ -17,7 +17,8 @@ MAY_KNOW = {
     "trainer.formulas": set(),
     "trainer.pieces": set(),
     "trainer.randomness": set(),
-    "trainer.device": {"settings", "trainer.pieces", "trainer.randomness"},
+    "trainer.skinny": set(),
+    "trainer.device": {"settings", "trainer.pieces", "trainer.randomness", "trainer.skinny"},
     "trainer.ranks": {"trainer.device"},
     "trainer.deadline": {"settings", "runs", "trainer.models"},
     "trainer.watchdog": {"settings"},
@@ -29,7 +30,8 @@ MAY_KNOW = {
     "trainer.flops": {"trainer.models"},
     "trainer.lengths": {"settings", "trainer.data", "trainer.models"},
     "trainer.decoding": {
-        *("settings", "trainer.models", "trainer.data", "trainer.device", "trainer.ranks")
+        *("settings", "trainer.models", "trainer.data"),
+        *("trainer.device", "trainer.ranks", "trainer.skinny"),
     },
 }
 LOW = {"settings", "runs", "trainer.formulas", "trainer.device", "trainer.ranks"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import os
@@ -16,12 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hlrlhf.settings import Settings
-from hlrlhf.trainer import randomness
+from hlrlhf.trainer import randomness, skinny
 from hlrlhf.trainer.errors import DeviceError, TrainerError
 from hlrlhf.trainer.pieces import Piece, Readable
-
-# A product of rows with weights.
-Product = Callable[[Tensor], Tensor]
+from hlrlhf.trainer.skinny import Product
 
 
 class Device:
@@ -118,12 +117,14 @@ class Device:
         """
         return step
 
-    def packed(self, weight: Tensor, bias: Tensor | None, rows: int) -> Product | None:
-        """A layer's product from a copy of its weights [out, in] that suits a few rows.
+    def products(
+        self, weight: Tensor, bias: Tensor | None, rows: int
+    ) -> dict[str, Callable[[], Product]]:
+        """Other ways than torch's own to multiply a few rows with a layer's weights [out, in].
 
-        None where there is no such copy. It is without gradient.
+        By name, each made on demand. They are of fp32, and without gradient.
         """
-        return None
+        return {}
 
     def adamw(
         self, groups: list[dict[str, Any]], *, on_host: bool, **options: Any
@@ -163,13 +164,30 @@ class Cpu(Device):
                 flush=True,
             )
 
-    def packed(self, weight: Tensor, bias: Tensor | None, rows: int) -> Product | None:
-        # In blocks, as oneDNN's kernels read them; what torch's inductor does with frozen weights.
-        if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    def products(
+        self, weight: Tensor, bias: Tensor | None, rows: int
+    ) -> dict[str, Callable[[], Product]]:
+        found: dict[str, Callable[[], Product]] = {}
+        if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+            found["packed"] = lambda: _packed(weight, bias, rows)
+        if (made := self._skinny) is not None:
+            found["skinny"] = lambda: made(weight, bias, rows)
+        return found
+
+    @functools.cached_property
+    def _skinny(self) -> skinny.Maker | None:
+        """See `skinny`; None, with a warning, where it cannot be compiled."""
+        try:
+            return skinny.compiled()
+        except OSError as error:
+            if dist.get_rank() == 0:
+                print(
+                    "warning: answers are sampled with slower products, as none can be compiled "
+                    f"for this processor: {error}; name a C++ compiler in CXX, or set "
+                    "HL_GENERATION_FAST_PRODUCTS=false",
+                    flush=True,
+                )
             return None
-        blocks = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-        product = torch.ops.mkldnn._linear_pointwise
-        return lambda read: product(read, blocks, bias, "none", [], "")
 
 
 class Cuda(Device):
@@ -342,6 +360,13 @@ def _adapt_transformers() -> bool:
             )
             bloom.GaudiBloomForCausalLM.set_tp_for_inference(1)
     return found
+
+
+def _packed(weight: Tensor, bias: Tensor | None, rows: int) -> Product:
+    """From a copy in blocks, as oneDNN's kernels read it; torch's inductor freezes weights so."""
+    blocks = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+    product = torch.ops.mkldnn._linear_pointwise
+    return lambda read: product(read, blocks, bias, "none", [], "")
 
 
 def _has_bf16_units() -> bool:

@@ -94,10 +94,10 @@ _IDLE: tuple[tuple[tuple[str, ...], tuple[str, ...], Callable[[Settings], bool],
         "without evaluations none is the best: set evaluation.interval",
     ),
     (
-        ("generation.pack_weights",),
+        ("generation.fast_products",),
         ("generation.decoder",),
         lambda settings: settings.generation.decoder != "generate",
-        "it is our own loop that samples from packed weights",
+        "it is our own loop that samples with them",
     ),
     (
         ("optimizer.grad_accum_dtype",),

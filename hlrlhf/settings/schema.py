@@ -316,11 +316,12 @@ class Generation(Group):
         "generate. What does not fit the model is left for the next plainer one, with a warning. "
         "The hybrid engine and Optimum for Gaudi sample in their own way.",
     )
-    pack_weights: bool = Field(
+    fast_products: bool = Field(
         True,
-        description="Let our own loop sample from copies of the large weights that processors read "
-        "faster, where that is measured at the first rollout; in fp32, on processors. They take up "
-        "as much memory as the weights, while answers are sampled.",
+        description="Let our own loop multiply a few rows with large weights by what is measured "
+        "to be the fastest at the first rollout: torch's own product, one from copies of the "
+        "weights in another order, which take up as much memory as they do meanwhile, or a kernel "
+        "that CXX or c++ compiles there. In fp32, on processors.",
     )
 
 

@@ -82,7 +82,7 @@ def test_everything_is_under_one_name(built: Path) -> None:
         ("presets", "hlrlhf/presets"),
     ):
         for path in (ROOT / folder).rglob("*"):
-            if path.suffix in (".py", ".yaml", ".j2", ".typed"):
+            if path.suffix in (".py", ".cpp", ".yaml", ".j2", ".typed"):
                 assert f"{inside}/{path.relative_to(ROOT / folder)}" in names
 
 

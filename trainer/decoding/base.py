@@ -64,7 +64,7 @@ class Loop(Base, ABC):
 
     Args:
         warned: see `decoder.Decoder`.
-        may_pack: see `weights.Prepared`.
+        fastest: see `weights.Prepared`.
     """
 
     name = "generation.decoder = own"
@@ -75,10 +75,10 @@ class Loop(Base, ABC):
         sampling: Sampling,
         device: Device,
         warned: Callable[[], bool] = lambda: False,
-        may_pack: bool = True,
+        fastest: bool = True,
     ):
         super().__init__(sampling, device, warned)
-        self._weights = Prepared(device, may_pack, self.compiled)
+        self._weights = Prepared(device, fastest, self.compiled)
 
     @torch.no_grad()
     def __call__(
@@ -99,11 +99,11 @@ class Loop(Base, ABC):
             self.device.step_done()
 
     def state(self) -> dict[str, Any]:
-        """Which weights are packed."""
+        """Which products are taken."""
         return self._weights.state()
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Pack the same ones."""
+        """Take the same ones."""
         self._weights.restore(state)
 
     @abstractmethod

@@ -127,8 +127,8 @@ def decoder(
         return Chosen(plain)
     if device.loop == "fixed":
         return Chosen(Fixed(how, device, warned), plain)
-    pack = settings.generation.pack_weights
-    own = Shrinking(how, device, warned, pack)
+    fastest = settings.generation.fast_products
+    own = Shrinking(how, device, warned, fastest)
     if settings.generation.decoder == "compiled":
-        return Chosen(Compiled(how, device, warned, pack), own, plain)
+        return Chosen(Compiled(how, device, warned, fastest), own, plain)
     return Chosen(own, plain)

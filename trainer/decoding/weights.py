@@ -1,4 +1,4 @@
-"""Linear layers where nothing trains: adapters added to the weights, and those packed.
+"""Linear layers where nothing trains: adapters added to the weights, and their fastest product.
 
 The weights do not change while a batch is sampled or scored, and to sample they are read once for
 each of its tokens: what is prepared once pays many times over.
@@ -18,15 +18,18 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from hlrlhf.trainer.device import Device, Product
+from hlrlhf.trainer.device import Device
+from hlrlhf.trainer.skinny import Product
 
-# Of fewer weights, which a processor's own cache holds, packing makes nothing faster.
-PACKED_FROM = 2**18
-# A measurement is the median of so many products of either kind, in turn.
+# Of fewer weights, which a processor's own cache holds, no other product is faster than torch's.
+LARGE = 2**18
+# A measurement is the median of so many products of each kind, in turn.
 TRIES = 7
 # Between two of them so many bytes are written, as in a rollout other weights are read: by then a
-# processor's own cache holds neither copy.
+# processor's own cache holds none of these.
 BETWEEN = 2**26
+# The name of torch's own product.
+TORCH = "torch"
 
 
 class Prepared:
@@ -37,16 +40,16 @@ class Prepared:
 
     Args:
         device: what computes.
-        may_pack: whether weights may be packed; they are where that is measured to be faster, of
-            each shape at the first rollout. A run that is resumed packs the same ones.
-        compiled: whether the layers are called by what is compiled, which cannot read such weights.
+        fastest: whether large weights are multiplied by what is measured to be the fastest, for
+            each shape at the first rollout. A run that is resumed goes on with the same products.
+        compiled: whether the layers are called by what is compiled, which cannot look into those.
     """
 
-    def __init__(self, device: Device, may_pack: bool, compiled: bool = False):
+    def __init__(self, device: Device, fastest: bool, compiled: bool = False):
         self._device = device
-        self._may_pack = may_pack
+        self._fastest = fastest
         self._compiled = compiled
-        self._packs: dict[str, bool] = {}
+        self._chosen: dict[str, str] = {}
 
     @contextlib.contextmanager
     def of(self, model: nn.Module, rows: int) -> Iterator[None]:
@@ -95,53 +98,56 @@ class Prepared:
         def plain(read: Tensor) -> Tensor:
             return linear(read, weight, bias)
 
-        if self._may_pack and weight.numel() >= PACKED_FROM:
+        if self._fastest and weight.numel() >= LARGE:
+            makers = self._device.products(weight, bias, rows)
             shape = "x".join(map(str, weight.shape))
-            packed = None
-            if self._packs.get(shape, True):
-                packed = self._device.packed(weight, bias, rows)
-            if packed is not None:
-                if shape not in self._packs:
-                    self._packs[shape] = self._is_faster(
-                        packed, plain, weight.new_ones(rows, 1, weight.shape[1])
-                    )
-                if self._packs[shape]:
-                    return _unread(packed, len(weight)) if self._compiled else packed
+            if makers and shape not in self._chosen:
+                products = {TORCH: plain} | {name: made() for name, made in makers.items()}
+                self._chosen[shape] = self._measured(
+                    products, weight.new_ones(rows, 1, weight.shape[1])
+                )
+            if (chosen := self._chosen.get(shape, TORCH)) in makers:
+                product = makers[chosen]()
+                return _unread(product, len(weight)) if self._compiled else product
         return None if added is None else plain
 
-    def _is_faster(self, packed: Product, plain: Product, read: Tensor) -> bool:
-        """Whether the packed weights are; all ranks do as rank 0 has measured."""
-        seconds: dict[Product, list[float]] = {packed: [], plain: []}
+    def _measured(self, products: Mapping[str, Product], read: Tensor) -> str:
+        """Which of the products is the fastest; all ranks take what rank 0 has measured."""
+        seconds: dict[str, list[float]] = {name: [] for name in products}
         others = torch.empty(BETWEEN, dtype=torch.uint8)
         for _ in range(TRIES):
-            for product, taken in seconds.items():
+            for name, product in products.items():
                 others.zero_()
                 began = time.perf_counter()
                 product(read)
-                taken.append(time.perf_counter() - began)
-        faster = [median(seconds[packed]) < median(seconds[plain])]
-        dist.broadcast_object_list(faster, device=self._device.torch)
-        return faster[0]
+                seconds[name].append(time.perf_counter() - began)
+        fastest = [min(seconds, key=lambda name: median(seconds[name]))]
+        dist.broadcast_object_list(fastest, device=self._device.torch)
+        return fastest[0]
 
     def state(self) -> dict[str, Any]:
-        """Which shapes are packed."""
-        return dict(self._packs)
+        """Which product is taken for which shape."""
+        return dict(self._chosen)
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Pack the same ones."""
-        self._packs = dict(state)
+        """Take the same ones."""
+        self._chosen = dict(state)
 
 
 # What an operation calls that a compiler does not look into.
 _PRODUCTS: list[Product] = []
 
 
-@torch.library.custom_op("hlrlhf::product", mutates_args=())
+# Defined without torch's wrapper for custom operations, which takes longer than a small product.
+torch.library.define("hlrlhf::product", "(Tensor read, int number, int width) -> Tensor")
+
+
+@torch.library.impl("hlrlhf::product", "CPU")
 def _called(read: Tensor, number: int, width: int) -> Tensor:
     return _PRODUCTS[number](read)
 
 
-@_called.register_fake
+@torch.library.register_fake("hlrlhf::product")  # type: ignore[untyped-decorator]
 def _shaped(read: Tensor, number: int, width: int) -> Tensor:
     return read.new_empty(*read.shape[:-1], width)
 
@@ -150,4 +156,4 @@ def _unread(product: Product, width: int) -> Product:
     """The same product, to [..., width], by its place in the model: compiled once for all."""
     number = len(_PRODUCTS)
     _PRODUCTS.append(product)
-    return lambda read: _called(read, number, width)
+    return lambda read: torch.ops.hlrlhf.product(read, number, width)

@@ -239,12 +239,12 @@ def test_a_compiled_step_draws_the_same_answers(
         tiny.draw_adapters(policy)
     plain, compiled = Fixed(asked, device), Compiled(asked, device)
     if not flags:
-        # Weights that a compiler cannot read: the head's.
-        monkeypatch.setattr(weights, "PACKED_FROM", 1)
+        # Products that a compiler cannot look into: the head's.
+        monkeypatch.setattr(weights, "LARGE", 1)
         head = "x".join(map(str, policy.lm.lm_head.weight.shape))
         others = {"x".join(map(str, layer.shape)) for layer in policy.parameters()} - {head}
         for loop in (plain, compiled):
-            loop.restore(dict.fromkeys(others, False) | {head: True})
+            loop.restore(dict.fromkeys(others, "torch") | {head: "skinny"})
     torch.compiler.reset()
     graphs = torch._dynamo.utils.counters["stats"]
     graphs.clear()

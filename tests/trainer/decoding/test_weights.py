@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from tiny import EOS, PAD, one_rank  # noqa: F401
 from torch import nn
+from transformers import DynamicCache
 
 from hlrlhf.trainer.decoding import choice, weights
 from hlrlhf.trainer.decoding.decoder import sampling
@@ -19,6 +21,7 @@ from hlrlhf.trainer.decoding.shrinking import Shrinking
 from hlrlhf.trainer.decoding.weights import Prepared
 from hlrlhf.trainer.models import loading, lora
 from hlrlhf.trainer.models.adapted import Adapted
+from hlrlhf.trainer.skinny import Product
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -93,7 +96,7 @@ def _outside(policy: Any, prepared: Prepared) -> Any:
     return made
 
 
-# Packing.
+# Products.
 
 
 @pytest.fixture(scope="module")
@@ -105,70 +108,107 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-def packed_in(prepared: Prepared, policy: Any) -> list[str]:
-    """Shapes that are computed from packed weights; what is computed is what it was."""
+def others_in(prepared: Prepared, policy: Any) -> set[str]:
+    """Shapes of which torch's own is not the product; what is computed is what it was."""
     before = logits_of(policy)
     with prepared.of(policy.lm, 2):
-        shapes = ["x".join(map(str, layer.weight.shape)) for layer in forwards_of_their_own(policy)]
+        shapes = {"x".join(map(str, layer.weight.shape)) for layer in forwards_of_their_own(policy)}
         torch.testing.assert_close(logits_of(policy), before, **TOLERANCE)
+        last = policy.next_logits(IDS, torch.ones_like(IDS), DynamicCache())
+        torch.testing.assert_close(last, before[:, -1], **TOLERANCE)
     return shapes
 
 
-def test_packed_weights_give_what_others_give_and_are_those_of_the_state(
+def test_each_product_gives_what_others_give_and_is_that_of_the_state(
     wide: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = loading.load_policy(str(wide), "fp32", 0.0).eval()
     cpu = tiny.cpu(tiny.settings())
     measured = Prepared(cpu, True)
-    packed_in(measured, policy)
+    others_in(measured, policy)
     shapes = {
         "x".join(map(str, layer.weight.shape))
         for layer in policy.modules()
-        if isinstance(layer, nn.Linear) and layer.weight.numel() >= weights.PACKED_FROM
+        if isinstance(layer, nn.Linear) and layer.weight.numel() >= weights.LARGE
     }
     assert set(measured.state()) == shapes, "each large shape was measured"
     assert HEAD in shapes
 
     # Nothing is measured again.
     monkeypatch.setattr(time, "perf_counter", lambda: pytest.fail("measured"))
-    for state in (dict.fromkeys(shapes, True), dict.fromkeys(shapes, False)):
+    assert list(cpu.products(torch.ones(9, 9), None, 2)) == ["packed", "skinny"]
+    for name in ("torch", "packed", "skinny"):
         resumed = Prepared(cpu, True)
-        resumed.restore(state)
-        assert set(packed_in(resumed, policy)) == {shape for shape in shapes if state[shape]}
-        assert resumed.state() == state
+        resumed.restore(dict.fromkeys(shapes, name))
+        assert others_in(resumed, policy) == (set() if name == "torch" else shapes)
+        assert resumed.state() == dict.fromkeys(shapes, name)
 
 
-def test_what_is_measured_to_be_faster_is_taken(
+def test_what_is_measured_to_be_the_fastest_is_taken(
     wide: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = loading.load_policy(str(wide), "fp32", 0.0).eval()
     clock = iter(range(10**6))
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+
+    def chosen(slow: str) -> str:
+        device = tiny.cpu(tiny.settings())
+        made = device.products
+
+        def products(*given: Any) -> dict[str, Callable[[], Product]]:
+            found = made(*given)
+            if slow in found:
+                product = found[slow]()
+                found[slow] = lambda: lambda read: (next(clock), product(read))[1]
+            return found
+
+        monkeypatch.setattr(device, "products", products)
+        prepared = Prepared(device, True)
+        others_in(prepared, policy)
+        return prepared.state()[HEAD]
+
+    assert chosen("none") == "torch", "all took as long"
+    torchs = weights.linear
+    monkeypatch.setattr(weights, "linear", lambda *a, **b: (next(clock), torchs(*a, **b))[1])
+    assert chosen("packed") == "skinny"
+    assert chosen("skinny") == "packed"
+
+
+def test_without_a_compiler_it_goes_on_with_a_word(
+    wide: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = loading.load_policy(str(wide), "fp32", 0.0).eval()
+    monkeypatch.setenv("CXX", "no-such-compiler")
     prepared = Prepared(tiny.cpu(tiny.settings()), True)
-    assert packed_in(prepared, policy) == [], "both took as long"
+    # As a run that could compile has it, which is resumed on a node that cannot.
+    prepared.restore({HEAD: "skinny"})
 
-    slow = weights.linear
-    monkeypatch.setattr(weights, "linear", lambda *a, **b: (next(clock), slow(*a, **b))[1])
-    assert HEAD in packed_in(Prepared(tiny.cpu(tiny.settings()), True), policy)
+    assert HEAD not in others_in(prepared, policy)
+
+    assert set(prepared.state().values()) <= {"torch", "packed", "skinny"}
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 1, "once"
+    assert told[0].startswith("warning: answers are sampled with slower products")
+    assert "no-such-compiler" in told[0]
 
 
-def packs(folder: Path, *flags: str) -> bool:
+def asks(folder: Path, *flags: str) -> bool:
+    """Whether a rollout asks for other products than torch's."""
     settings = tiny.settings(*flags)
     policy = loading.load_policy(str(folder), "fp32", 0.0)
     device = tiny.cpu(settings)
     decoder = choice.decoder(settings, policy, tiny.tokenizer(), device, lambda: False)
-    decoder.restore({"place": 0, "decoder": {HEAD: True}})
     asked: list[int] = []
-    packed = device.packed
-    device.packed = lambda *given: (asked.append(1), packed(*given))[1]  # type: ignore[method-assign]
+    products = device.products
+    device.products = lambda *given: (asked.append(1), products(*given))[1]  # type: ignore[method-assign]
     decoder(tiny.Engine(policy), [[1, 5]])
     return bool(asked)
 
 
-@pytest.mark.knob("generation.pack_weights")
-def test_weights_are_packed_if_they_may_be(wide: Path) -> None:
-    assert packs(wide)
-    assert not packs(wide, "generation.pack_weights=false")
+@pytest.mark.knob("generation.fast_products")
+def test_other_products_are_taken_if_they_may_be(wide: Path) -> None:
+    assert asks(wide)
+    assert not asks(wide, "generation.fast_products=false")
 
 
 def test_a_run_samples_with_what_its_decoder_has_found(wide: Path) -> None:
