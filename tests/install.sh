@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Installs the Debian packages that the tests' Slurm cluster and its containers are made of, when they
-# are missing. Does nothing without root or apt-get, except to say what is missing; with CI=true that
-# is fatal. Whether a Docker daemon can start here is for the tests to find out.
+# Installs the Debian packages that the tests' Slurm cluster and its containers are made of, and a
+# compiler, when they are missing. Does nothing without root or apt-get, except to say what is missing;
+# with CI=true that is fatal. Whether a Docker daemon can start here is for the tests to find out.
 set -euo pipefail
 
 slurm=(slurmctld slurmd sbatch slurmdbd munged mariadbd)
 docker=(docker dockerd)
-packages=(slurmctld slurmd slurm-client slurmdbd munge mariadb-server docker.io)
+compiler=(c++ g++)
+packages=(g++ slurmctld slurmd slurm-client slurmdbd munge mariadb-server docker.io)
 # Some distributions leave sbin out of a user's PATH.
 PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin"
 
@@ -16,7 +17,7 @@ missing() { # of these commands
     done
 }
 
-[[ -z "$(missing "${slurm[@]}" "${docker[@]}")" ]] && exit 0
+[[ -z "$(missing "${slurm[@]}" "${docker[@]}" "${compiler[@]}")" ]] && exit 0
 
 if [[ "$(id -u)" == 0 ]] && command -v apt-get >/dev/null; then
     # The tests start their own daemons; the system's services must stay down.
@@ -45,4 +46,5 @@ tell() { # what cannot run without which of these commands
 }
 tell 'the tests that need a Slurm cluster' "${slurm[@]}"
 tell 'the tests that need a container' "${docker[@]}"
+tell 'the tests of what is compiled' "${compiler[@]}"
 [[ "$lacking" == 0 || "${CI:-}" != true ]]

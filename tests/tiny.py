@@ -5,6 +5,7 @@ Weights are drawn far wider than for training, so that every token, position and
 
 from __future__ import annotations
 
+import shutil
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,6 +33,8 @@ ARCHITECTURES = ("llama", "bloom")
 # And one with an embedding for each position, which shows a wrong one at once.
 WITH_POSITIONS = (*ARCHITECTURES, "gpt2")
 VOCABULARY, PAD, BOS, EOS = 48, 0, 1, 2
+# Of a test that compiles.
+compiles = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler (c++) here")
 # AdamW with an epsilon far above all gradients is gradient descent: weights move by a constant
 # times the gradient.
 DESCENT = (

@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from hlrlhf.trainer import skinny
+
+pytestmark = tiny.compiles
 
 
 def drawn(

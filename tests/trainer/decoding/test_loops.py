@@ -223,6 +223,7 @@ def test_it_ends_soon_after_the_last_answer(
     assert len(read) == -(-longest // 4) * 4
 
 
+@tiny.compiles
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "flags"),

@@ -119,6 +119,7 @@ def others_in(prepared: Prepared, policy: Any) -> set[str]:
     return shapes
 
 
+@tiny.compiles
 def test_each_product_gives_what_others_give_and_is_that_of_the_state(
     wide: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,6 +145,7 @@ def test_each_product_gives_what_others_give_and_is_that_of_the_state(
         assert resumed.state() == dict.fromkeys(shapes, name)
 
 
+@tiny.compiles
 def test_what_is_measured_to_be_the_fastest_is_taken(
     wide: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
