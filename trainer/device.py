@@ -154,10 +154,11 @@ class Cpu(Device):
 
     def __init__(self, settings: Settings, local_rank: int):
         super().__init__(settings, local_rank)
+        self._speaks = local_rank == 0  # for its node
         # DeepSpeed would build a shared-memory all-reduce in C++ at the first start; gloo does.
         ops = importlib.import_module("deepspeed.ops")
         ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        if settings.dtype == "bf16" and local_rank == 0 and not _has_bf16_units():
+        if settings.dtype == "bf16" and self._speaks and not _has_bf16_units():
             print(
                 "warning: this processor has no AVX512-BF16 or AMX, where bf16 is several times "
                 "slower than fp32; consider HL_DTYPE=fp32",
@@ -180,7 +181,7 @@ class Cpu(Device):
         try:
             return skinny.compiled()
         except OSError as error:
-            if dist.get_rank() == 0:
+            if self._speaks:
                 print(
                     "warning: answers are sampled with slower products, as none can be compiled "
                     f"for this processor: {error}; name a C++ compiler in CXX, or set "

@@ -19,6 +19,7 @@ from hlrlhf.trainer.decoding import choice, weights
 from hlrlhf.trainer.decoding.decoder import sampling
 from hlrlhf.trainer.decoding.shrinking import Shrinking
 from hlrlhf.trainer.decoding.weights import Prepared
+from hlrlhf.trainer.device import Cpu
 from hlrlhf.trainer.models import loading, lora
 from hlrlhf.trainer.models.adapted import Adapted
 from hlrlhf.trainer.skinny import Product
@@ -192,6 +193,9 @@ def test_without_a_compiler_it_goes_on_with_a_word(
     assert len(told) == 1, "once"
     assert told[0].startswith("warning: answers are sampled with slower products")
     assert "no-such-compiler" in told[0]
+    # Once for a node.
+    assert "skinny" not in Cpu(tiny.settings(), 1).products(torch.ones(9, 9), None, 2)
+    assert capsys.readouterr().out == ""
 
 
 def asks(folder: Path, *flags: str) -> bool:
