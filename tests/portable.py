@@ -15,6 +15,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +63,8 @@ class Case:
             "HLRLHF_TEST_DEMO_SEED": str(self.seed),
             # Threads that wait for their turn on too few cores would take it from the others.
             "OMP_WAIT_POLICY": "PASSIVE",
+            # Inductor would take what it has generated for another kind of processor.
+            "TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/inductor-{self.profile}",
         }
 
     def run(self, options: list[str]) -> bool:
