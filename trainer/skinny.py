@@ -59,6 +59,7 @@ def compiled(processor: str = "native") -> Maker:
     def made(weight: Tensor, bias: Tensor | None, rows: int) -> Product:
         weight = weight.contiguous()
         width, read_width = weight.shape
+        weight_at, bias_at = weight.data_ptr(), None if bias is None else bias.data_ptr()
 
         def product(read: Tensor) -> Tensor:
             count = read.numel() // read_width
@@ -66,7 +67,7 @@ def compiled(processor: str = "native") -> Maker:
                 return linear(read, weight, bias)
             read = read.contiguous()
             into = read.new_empty(*read.shape[:-1], width)
-            at = [None if one is None else one.data_ptr() for one in (read, weight, bias, into)]
+            at = (read.data_ptr(), weight_at, bias_at, into.data_ptr())
             skinny(*at, count, read_width, width)
             return into
 

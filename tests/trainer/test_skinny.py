@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from torch.nn.functional import linear
 from hlrlhf.trainer import skinny
 
 pytestmark = tiny.compiles
+
+compiled = cache(skinny.compiled)
 
 
 def drawn(
@@ -35,7 +38,7 @@ def processors() -> list[str]:
 @pytest.mark.parametrize("rows", [1, 2, 3, 7, 8, 19])
 def test_it_is_the_product(processor: str, rows: int, bias: bool) -> None:
     """Of widths and outputs that are multiples of what the kernel takes at a time, and others."""
-    make = skinny.compiled(processor)
+    make = compiled(processor)
     for width, out in ((64, 96), (16, 1), (5, 7), (203, 58)):
         read, weight, offset = drawn(rows, width, out, bias)
 
@@ -52,7 +55,7 @@ def test_it_is_the_product(processor: str, rows: int, bias: bool) -> None:
 
 def test_a_row_is_the_same_whatever_is_beside_it() -> None:
     """Alone, and for any number of threads: answers that leave a batch change no other."""
-    make = skinny.compiled()
+    make = compiled()
     read, weight, bias = drawn(11, 203, 58)
     together = make(weight, bias, 11)(read)
     before = torch.get_num_threads()
@@ -73,14 +76,14 @@ def test_rows_and_weights_that_lie_apart() -> None:
     assert not apart.is_contiguous()
     assert not turned.is_contiguous()
 
-    make = skinny.compiled()
+    make = compiled()
 
     assert make(turned, bias, 4)(apart).equal(make(weight, bias, 4)(read))
 
 
 def test_prompts_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     read, weight, bias = drawn(9, 64, 32)
-    product = skinny.compiled()(weight, bias, 8)
+    product = compiled()(weight, bias, 8)
     counted: list[int] = []
     monkeypatch.setattr(
         skinny, "linear", lambda *given: (counted.append(len(given[0])), linear(*given))[1]
