@@ -41,15 +41,22 @@ def compiled(processor: str = "native") -> Maker:
     Raises:
         OSError: there is no compiler, or it cannot; says why.
     """
-    compiler = shlex.split(os.environ.get("CXX") or "c++")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "skinny.so")
-        command = [*compiler, *FLAGS, f"-march={processor}", str(SOURCE), "-o", str(file)]
         try:
-            subprocess.run(command, capture_output=True, text=True, check=True, timeout=SECONDS)
+            compiler = shlex.split(os.environ.get("CXX") or "c++")
+            command = [*compiler, *FLAGS, f"-march={processor}", str(SOURCE), "-o", str(file)]
+            subprocess.run(
+                command,
+                capture_output=True,
+                encoding="utf-8",
+                errors="replace",
+                check=True,
+                timeout=SECONDS,
+            )
         except subprocess.CalledProcessError as error:
             raise OSError(f"{shlex.join(command)}: {error.stderr.strip()}") from error
-        except subprocess.TimeoutExpired as error:
+        except (subprocess.TimeoutExpired, ValueError) as error:  # too slow, or an open quote
             raise OSError(str(error)) from error
         # torch's OpenMP is loaded already, so the kernel has the same threads.
         skinny = ctypes.CDLL(str(file)).skinny

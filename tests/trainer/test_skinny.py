@@ -102,8 +102,10 @@ def test_prompts_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
         ("false", "false -std=c++17"),
         ("sh -c 'echo this cannot be >&2; exit 1'", "this cannot be"),
         ("sh -c 'echo nothing >{}; : '", "skinny.so"),
+        ("c++ '", "No closing quotation"),
+        ("sh -c 'printf \"no \\377\" >&2; exit 1'", "no \ufffd"),
     ],
-    ids=["none", "fails", "says why", "makes nothing"],
+    ids=["none", "fails", "says why", "makes nothing", "an open quote", "bytes that are no text"],
 )
 def test_without_a_compiler_that_can(
     compiler: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
