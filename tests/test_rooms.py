@@ -17,8 +17,8 @@ MAY_KNOW = {
     "trainer.formulas": set(),
     "trainer.pieces": set(),
     "trainer.randomness": set(),
-    "trainer.skinny": set(),
-    "trainer.device": {"settings", "trainer.pieces", "trainer.randomness", "trainer.skinny"},
+    "trainer.kernels": set(),
+    "trainer.device": {"settings", "trainer.pieces", "trainer.randomness", "trainer.kernels"},
     "trainer.ranks": {"trainer.device"},
     "trainer.deadline": {"settings", "runs", "trainer.models"},
     "trainer.watchdog": {"settings"},
@@ -31,7 +31,7 @@ MAY_KNOW = {
     "trainer.lengths": {"settings", "trainer.data", "trainer.models"},
     "trainer.decoding": {
         *("settings", "trainer.models", "trainer.data"),
-        *("trainer.device", "trainer.ranks", "trainer.skinny"),
+        *("trainer.device", "trainer.ranks", "trainer.kernels"),
     },
 }
 LOW = {"settings", "runs", "trainer.formulas", "trainer.device", "trainer.ranks"}

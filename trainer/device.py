@@ -17,10 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hlrlhf.settings import Settings
-from hlrlhf.trainer import randomness, skinny
+from hlrlhf.trainer import kernels, randomness
 from hlrlhf.trainer.errors import DeviceError, TrainerError
+from hlrlhf.trainer.kernels import Kernels, Layer
 from hlrlhf.trainer.pieces import Piece, Readable
-from hlrlhf.trainer.skinny import Product
 
 
 class Device:
@@ -33,6 +33,7 @@ class Device:
             for each new shape ask for few of them.
         static_cache: whether the key-value cache must have one shape for the whole generation.
         has_fp64: whether it computes in fp64.
+        has_kernels: whether there are kernels of our own for it.
         loop: which of our own loops over tokens suits it: ``shrinking``, where a batch that loses
             rows is faster; ``fixed``, where one that keeps its shape is; or ``none``.
     """
@@ -41,6 +42,7 @@ class Device:
     pad_to = 1
     static_cache = False
     has_fp64 = True
+    has_kernels = False
     loop = "fixed"
 
     def __init__(self, settings: Settings, local_rank: int):
@@ -119,12 +121,17 @@ class Device:
 
     def products(
         self, weight: Tensor, bias: Tensor | None, rows: int
-    ) -> dict[str, Callable[[], Product]]:
+    ) -> dict[str, Callable[[], Layer]]:
         """Other ways than torch's own to multiply a few rows with a layer's weights [out, in].
 
         By name, each made on demand. They are of fp32, and without gradient.
         """
         return {}
+
+    @property
+    def kernels(self) -> Kernels | None:
+        """Kernels of our own; None without any, after a warning where there should be some."""
+        return None
 
     def adamw(
         self, groups: list[dict[str, Any]], *, on_host: bool, **options: Any
@@ -150,6 +157,7 @@ class Device:
 class Cpu(Device):
     """Processors, with gloo between the ranks."""
 
+    has_kernels = True
     loop = "shrinking"
 
     def __init__(self, settings: Settings, local_rank: int):
@@ -167,25 +175,24 @@ class Cpu(Device):
 
     def products(
         self, weight: Tensor, bias: Tensor | None, rows: int
-    ) -> dict[str, Callable[[], Product]]:
-        found: dict[str, Callable[[], Product]] = {}
+    ) -> dict[str, Callable[[], Layer]]:
+        found: dict[str, Callable[[], Layer]] = {}
         if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
             found["packed"] = lambda: _packed(weight, bias, rows)
-        if (made := self._skinny) is not None:
-            found["skinny"] = lambda: made(weight, bias, rows)
+        if (own := self.kernels) is not None:
+            found["own"] = lambda: own.product(weight, bias, rows)
         return found
 
     @functools.cached_property
-    def _skinny(self) -> skinny.Maker | None:
-        """See `skinny`; None, with a warning, where it cannot be compiled."""
+    def kernels(self) -> Kernels | None:
         try:
-            return skinny.compiled()
+            return kernels.compiled()
         except OSError as error:
             if self._speaks:
                 print(
-                    "warning: answers are sampled with slower products, as none can be compiled "
+                    "warning: answers are sampled more slowly, as no kernels can be compiled "
                     f"for this processor: {error}; name a C++ compiler in CXX, or set "
-                    "HL_GENERATION_FAST_PRODUCTS=false",
+                    "HL_GENERATION_FAST_KERNELS=false",
                     flush=True,
                 )
             return None
@@ -363,7 +370,7 @@ def _adapt_transformers() -> bool:
     return found
 
 
-def _packed(weight: Tensor, bias: Tensor | None, rows: int) -> Product:
+def _packed(weight: Tensor, bias: Tensor | None, rows: int) -> Layer:
     """From a copy in blocks, as oneDNN's kernels read it; torch's inductor freezes weights so."""
     blocks = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
     product = torch.ops.mkldnn._linear_pointwise

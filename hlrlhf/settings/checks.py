@@ -94,7 +94,7 @@ _IDLE: tuple[tuple[tuple[str, ...], tuple[str, ...], Callable[[Settings], bool],
         "without evaluations none is the best: set evaluation.interval",
     ),
     (
-        ("generation.fast_products",),
+        ("generation.fast_kernels",),
         ("generation.decoder",),
         lambda settings: settings.generation.decoder != "generate",
         "it is our own loop that samples with them",

@@ -82,7 +82,7 @@ def test_origins_are_told_for_a_preset() -> None:
         (["generation.min_new_tokens=9", "generation.max_new_tokens=8"], "must not be longer"),
         (["hybrid_engine=1", "device=cpu"], "does not run on processors"),
         (["generation.decoder=compiled", "device=cuda"], "compiled on processors"),
-        (["generation.decoder=generate", "generation.fast_products=1"], "our own loop"),
+        (["generation.decoder=generate", "generation.fast_kernels=1"], "our own loop"),
         (
             ["optimizer.grad_accum_dtype=fp32", "critic.zero_stage=0"],
             "adding up in fp32 needs ZeRO 1 or more",

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from hlrlhf.trainer.data import reading
+from hlrlhf.trainer.decoding.attention import attending
 from hlrlhf.trainer.decoding.decoder import Decoded, Sampling, Witness
+from hlrlhf.trainer.decoding.fastest import Fastest
 from hlrlhf.trainer.decoding.stopping import StopStrings
 from hlrlhf.trainer.decoding.weights import Prepared
 from hlrlhf.trainer.device import Device
@@ -64,7 +66,7 @@ class Loop(Base, ABC):
 
     Args:
         warned: see `decoder.Decoder`.
-        fastest: see `weights.Prepared`.
+        fast: whether what takes most of the time is computed by what is measured to be the fastest.
     """
 
     name = "generation.decoder = own"
@@ -75,10 +77,11 @@ class Loop(Base, ABC):
         sampling: Sampling,
         device: Device,
         warned: Callable[[], bool] = lambda: False,
-        fastest: bool = True,
+        fast: bool = True,
     ):
         super().__init__(sampling, device, warned)
-        self._weights = Prepared(device, fastest, self.compiled)
+        self._fastest = Fastest(device) if fast else None
+        self._weights = Prepared(device, self._fastest, self.compiled)
 
     @torch.no_grad()
     def __call__(
@@ -91,6 +94,7 @@ class Loop(Base, ABC):
             with (
                 gathered(policy),
                 self._weights.of(model, len(prompts)),
+                attending(self.device, self._fastest, len(prompts)),
                 self.device.generating(forwards.unwrapped(model)),
             ):
                 return self._sampled(policy, ids, mask, witness)
@@ -99,12 +103,13 @@ class Loop(Base, ABC):
             self.device.step_done()
 
     def state(self) -> dict[str, Any]:
-        """Which products are taken."""
-        return self._weights.state()
+        """What is the fastest."""
+        return {} if self._fastest is None else self._fastest.state()
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take the same ones."""
-        self._weights.restore(state)
+        """Take the same."""
+        if self._fastest is not None:
+            self._fastest.restore(state)
 
     @abstractmethod
     def _sampled(

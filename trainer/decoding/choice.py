@@ -127,8 +127,8 @@ def decoder(
         return Chosen(plain)
     if device.loop == "fixed":
         return Chosen(Fixed(how, device, warned), plain)
-    fastest = settings.generation.fast_products
-    own = Shrinking(how, device, warned, fastest)
+    fast = settings.generation.fast_kernels
+    own = Shrinking(how, device, warned, fast)
     if settings.generation.decoder == "compiled":
-        return Chosen(Compiled(how, device, warned, fastest), own, plain)
+        return Chosen(Compiled(how, device, warned, fast), own, plain)
     return Chosen(own, plain)

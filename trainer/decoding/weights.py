@@ -7,29 +7,20 @@ each of its tokens: what is prepared once pays many times over.
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Iterator, Mapping
-from statistics import median
-from typing import Any
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
-import torch.distributed as dist
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from hlrlhf.trainer.decoding.fastest import TORCH, Fastest
 from hlrlhf.trainer.device import Device
-from hlrlhf.trainer.skinny import Product
+from hlrlhf.trainer.kernels import Layer
 
 # Of fewer weights, which a processor's own cache holds, no other product is faster than torch's.
 LARGE = 2**18
-# A measurement is the median of so many products of each kind, in turn.
-TRIES = 7
-# Between two of them so many bytes are written, as in a rollout other weights are read: by then a
-# processor's own cache holds none of these.
-BETWEEN = 2**26
-# The name of torch's own product.
-TORCH = "torch"
 
 
 class Prepared:
@@ -40,16 +31,14 @@ class Prepared:
 
     Args:
         device: what computes.
-        fastest: whether large weights are multiplied by what is measured to be the fastest, for
-            each shape at the first rollout. A run that is resumed goes on with the same products.
+        fastest: finds what large weights are multiplied by, for each shape; None: torch's product.
         compiled: whether the layers are called by what is compiled, which cannot look into those.
     """
 
-    def __init__(self, device: Device, fastest: bool, compiled: bool = False):
+    def __init__(self, device: Device, fastest: Fastest | None = None, compiled: bool = False):
         self._device = device
         self._fastest = fastest
         self._compiled = compiled
-        self._chosen: dict[str, str] = {}
 
     @contextlib.contextmanager
     def of(self, model: nn.Module, rows: int) -> Iterator[None]:
@@ -69,8 +58,11 @@ class Prepared:
         replaced: list[nn.Module] = []
         try:
             for layer in model.modules():
-                if layer not in inside and (product := self._product(layer, rows)) is not None:
-                    layer.forward = product
+                if layer in inside or "forward" in vars(layer):  # somebody else's already
+                    continue
+                forward = self._product(layer, rows)
+                if forward is not None:
+                    layer.forward = forward
                     replaced.append(layer)
             yield
         finally:
@@ -78,10 +70,8 @@ class Prepared:
                 del layer.forward  # of this layer alone: what is left is its class's
             _PRODUCTS.clear()
 
-    def _product(self, layer: nn.Module, rows: int) -> Product | None:
-        """What computes a layer in a rollout; None where that is its own forward."""
-        if "forward" in vars(layer):
-            return None  # somebody else's already
+    def _product(self, layer: nn.Module, rows: int) -> Layer | None:
+        """What computes a linear layer; None where that is its own forward, and for others."""
         added = None
         if isinstance(layer, LoraLinear):
             if not layer.disable_adapters:
@@ -98,44 +88,23 @@ class Prepared:
         def plain(read: Tensor) -> Tensor:
             return linear(read, weight, bias)
 
-        if self._fastest and weight.numel() >= LARGE:
+        if self._fastest is not None and weight.numel() >= LARGE:
             makers = self._device.products(weight, bias, rows)
-            shape = "x".join(map(str, weight.shape))
-            if makers and shape not in self._chosen:
+
+            def ways() -> dict[str, Callable[[], Tensor]]:
+                read = weight.new_ones(rows, 1, weight.shape[1])
                 products = {TORCH: plain} | {name: made() for name, made in makers.items()}
-                self._chosen[shape] = self._measured(
-                    products, weight.new_ones(rows, 1, weight.shape[1])
-                )
-            if (chosen := self._chosen.get(shape, TORCH)) in makers:
+                return {name: partial(product, read) for name, product in products.items()}
+
+            chosen = self._fastest("x".join(map(str, weight.shape)), ways) if makers else TORCH
+            if chosen in makers:
                 product = makers[chosen]()
                 return _unread(product, len(weight)) if self._compiled else product
         return None if added is None else plain
 
-    def _measured(self, products: Mapping[str, Product], read: Tensor) -> str:
-        """Which of the products is the fastest; all ranks take what rank 0 has measured."""
-        seconds: dict[str, list[float]] = {name: [] for name in products}
-        others = torch.empty(BETWEEN, dtype=torch.uint8)
-        for _ in range(TRIES):
-            for name, product in products.items():
-                others.zero_()
-                began = time.perf_counter()
-                product(read)
-                seconds[name].append(time.perf_counter() - began)
-        fastest = [min(seconds, key=lambda name: median(seconds[name]))]
-        dist.broadcast_object_list(fastest, device=self._device.torch)
-        return fastest[0]
-
-    def state(self) -> dict[str, Any]:
-        """Which product is taken for which shape."""
-        return dict(self._chosen)
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Take the same ones."""
-        self._chosen = dict(state)
-
 
 # What an operation calls that a compiler does not look into.
-_PRODUCTS: list[Product] = []
+_PRODUCTS: list[Layer] = []
 
 
 # Defined without torch's wrapper for custom operations, which takes longer than a small product.
@@ -152,7 +121,7 @@ def _shaped(read: Tensor, number: int, width: int) -> Tensor:
     return read.new_empty(*read.shape[:-1], width)
 
 
-def _unread(product: Product, width: int) -> Product:
+def _unread(product: Layer, width: int) -> Layer:
     """The same product, to [..., width], by its place in the model: compiled once for all."""
     number = len(_PRODUCTS)
     _PRODUCTS.append(product)

@@ -106,7 +106,7 @@ def outputs(
     # adapters of a trained model off; under ZeRO-3 brought together; in fp32 with adapters added to
     # the weights. It takes as much memory as a rollout.
     ready = getattr(model, "ready", contextlib.nullcontext)
-    prepared = Prepared(device, fastest=False)
+    prepared = Prepared(device)
     with ready(), gathered(model), prepared.of(model.module, settings.mbs):
         for part in parts:
             inputs = (sequences[part.rows, part.columns], attention_mask[part.rows, part.columns])

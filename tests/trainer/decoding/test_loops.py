@@ -245,7 +245,7 @@ def test_a_compiled_step_draws_the_same_answers(
         head = "x".join(map(str, policy.lm.lm_head.weight.shape))
         others = {"x".join(map(str, layer.shape)) for layer in policy.parameters()} - {head}
         for loop in (plain, compiled):
-            loop.restore(dict.fromkeys(others, "torch") | {head: "skinny"})
+            loop.restore(dict.fromkeys(others, "torch") | {head: "own"})
     torch.compiler.reset()
     graphs = torch._dynamo.utils.counters["stats"]
     graphs.clear()

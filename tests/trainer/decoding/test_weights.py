@@ -14,15 +14,19 @@ from peft.tuners.lora import Linear as LoraLinear
 from tiny import EOS, PAD, one_rank  # noqa: F401
 from torch import nn
 from transformers import DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hlrlhf.trainer.decoding import choice, weights
+from hlrlhf.trainer.decoding.attention import attending
 from hlrlhf.trainer.decoding.decoder import sampling
+from hlrlhf.trainer.decoding.fastest import Fastest
 from hlrlhf.trainer.decoding.shrinking import Shrinking
 from hlrlhf.trainer.decoding.weights import Prepared
 from hlrlhf.trainer.device import Cpu
+from hlrlhf.trainer.kernels import Layer
 from hlrlhf.trainer.models import loading, lora
 from hlrlhf.trainer.models.adapted import Adapted
-from hlrlhf.trainer.skinny import Product
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -55,11 +59,11 @@ def test_adapters_are_added_to_the_weights(tmp_path: Path, monkeypatch: pytest.M
     with policy.lm.disable_adapter():
         without = logits_of(policy)
 
-    with Prepared(tiny.cpu(tiny.settings()), True).of(policy.lm, 2), monkeypatch.context() as patch:
+    with Prepared(tiny.cpu(tiny.settings())).of(policy.lm, 2), monkeypatch.context() as patch:
         beside = "an adapter was computed beside its layer"
         patch.setattr(Adapted, "forward", lambda *_: pytest.fail(beside))
         during = logits_of(policy)
-    with policy.lm.disable_adapter(), Prepared(tiny.cpu(tiny.settings()), True).of(policy.lm, 2):
+    with policy.lm.disable_adapter(), Prepared(tiny.cpu(tiny.settings())).of(policy.lm, 2):
         torch.testing.assert_close(logits_of(policy), without, **TOLERANCE)
 
     assert (before - without).abs().max() > 0.1
@@ -72,12 +76,12 @@ def test_adapters_are_added_to_the_weights(tmp_path: Path, monkeypatch: pytest.M
 def test_in_bf16_adapters_stay_beside_their_layers(tmp_path: Path) -> None:
     policy = adapted(tmp_path, "bf16")
 
-    with Prepared(tiny.cpu(tiny.settings()), True).of(policy.lm, 2):
+    with Prepared(tiny.cpu(tiny.settings())).of(policy.lm, 2):
         assert forwards_of_their_own(policy) == []
 
 
 def test_every_rollout_reads_the_weights_as_they_are(tmp_path: Path) -> None:
-    policy, prepared = adapted(tmp_path), Prepared(tiny.cpu(tiny.settings()), True)
+    policy, prepared = adapted(tmp_path), Prepared(tiny.cpu(tiny.settings()))
     with prepared.of(policy.lm, 2):
         logits_of(policy)
     layer = next(part for part in policy.modules() if isinstance(part, LoraLinear))
@@ -126,8 +130,8 @@ def test_each_product_gives_what_others_give_and_is_that_of_the_state(
 ) -> None:
     policy = loading.load_policy(str(wide), "fp32", 0.0).eval()
     cpu = tiny.cpu(tiny.settings())
-    measured = Prepared(cpu, True)
-    others_in(measured, policy)
+    measured = Fastest(cpu)
+    others_in(Prepared(cpu, measured), policy)
     shapes = {
         "x".join(map(str, layer.weight.shape))
         for layer in policy.modules()
@@ -138,11 +142,12 @@ def test_each_product_gives_what_others_give_and_is_that_of_the_state(
 
     # Nothing is measured again.
     monkeypatch.setattr(time, "perf_counter", lambda: pytest.fail("measured"))
-    assert list(cpu.products(torch.ones(9, 9), None, 2)) == ["packed", "skinny"]
-    for name in ("torch", "packed", "skinny"):
-        resumed = Prepared(cpu, True)
+    assert list(cpu.products(torch.ones(9, 9), None, 2)) == ["packed", "own"]
+    for name in ("torch", "packed", "own"):
+        resumed = Fastest(cpu)
         resumed.restore(dict.fromkeys(shapes, name))
-        assert others_in(resumed, policy) == (set() if name == "torch" else shapes)
+        others = others_in(Prepared(cpu, resumed), policy)
+        assert others == (set() if name == "torch" else shapes)
         assert resumed.state() == dict.fromkeys(shapes, name)
 
 
@@ -158,7 +163,7 @@ def test_what_is_measured_to_be_the_fastest_is_taken(
         device = tiny.cpu(tiny.settings())
         made = device.products
 
-        def products(*given: Any) -> dict[str, Callable[[], Product]]:
+        def products(*given: Any) -> dict[str, Callable[[], Layer]]:
             found = made(*given)
             if slow in found:
                 product = found[slow]()
@@ -166,15 +171,15 @@ def test_what_is_measured_to_be_the_fastest_is_taken(
             return found
 
         monkeypatch.setattr(device, "products", products)
-        prepared = Prepared(device, True)
-        others_in(prepared, policy)
-        return prepared.state()[HEAD]
+        fastest = Fastest(device)
+        others_in(Prepared(device, fastest), policy)
+        return fastest.state()[HEAD]
 
     assert chosen("none") == "torch", "all took as long"
     torchs = weights.linear
     monkeypatch.setattr(weights, "linear", lambda *a, **b: (next(clock), torchs(*a, **b))[1])
-    assert chosen("packed") == "skinny"
-    assert chosen("skinny") == "packed"
+    assert chosen("packed") == "own"
+    assert chosen("own") == "packed"
 
 
 def test_without_a_compiler_it_goes_on_with_a_word(
@@ -182,19 +187,22 @@ def test_without_a_compiler_it_goes_on_with_a_word(
 ) -> None:
     policy = loading.load_policy(str(wide), "fp32", 0.0).eval()
     monkeypatch.setenv("CXX", "no-such-compiler")
-    prepared = Prepared(tiny.cpu(tiny.settings()), True)
+    cpu = tiny.cpu(tiny.settings())
+    fastest = Fastest(cpu)
     # As a run that could compile has it, which is resumed on a node that cannot.
-    prepared.restore({HEAD: "skinny"})
+    fastest.restore({HEAD: "own", "attention": "own"})
 
-    assert HEAD not in others_in(prepared, policy)
+    assert HEAD not in others_in(Prepared(cpu, fastest), policy)
+    with attending(cpu, fastest, 2):
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
 
-    assert set(prepared.state().values()) <= {"torch", "packed", "skinny"}
+    assert set(fastest.state().values()) <= {"torch", "packed", "own"}
     told = capsys.readouterr().out.splitlines()
     assert len(told) == 1, "once"
-    assert told[0].startswith("warning: answers are sampled with slower products")
+    assert told[0].startswith("warning: answers are sampled more slowly")
     assert "no-such-compiler" in told[0]
     # Once for a node.
-    assert "skinny" not in Cpu(tiny.settings(), 1).products(torch.ones(9, 9), None, 2)
+    assert "own" not in Cpu(tiny.settings(), 1).products(torch.ones(9, 9), None, 2)
     assert capsys.readouterr().out == ""
 
 
@@ -211,10 +219,10 @@ def asks(folder: Path, *flags: str) -> bool:
     return bool(asked)
 
 
-@pytest.mark.knob("generation.fast_products")
+@pytest.mark.knob("generation.fast_kernels")
 def test_other_products_are_taken_if_they_may_be(wide: Path) -> None:
     assert asks(wide)
-    assert not asks(wide, "generation.fast_products=false")
+    assert not asks(wide, "generation.fast_kernels=false")
 
 
 def test_a_run_samples_with_what_its_decoder_has_found(wide: Path) -> None:

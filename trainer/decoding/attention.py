@@ -1,0 +1,122 @@
+"""Attention of the one token that each row reads, by a kernel of our own where that is faster."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hlrlhf.trainer.decoding.fastest import TORCH, Fastest
+from hlrlhf.trainer.device import Device
+from hlrlhf.trainer.kernels import LANES, Kernels
+
+# The implementation of transformers that it takes the place of: models that take it need no more
+# than a mask and a scale.
+PLAIN = "sdpa"
+# What is measured: so many heads, tokens and numbers of each.
+SHAPE = (8, 256, 64)
+
+
+@contextlib.contextmanager
+def attending(device: Device, fastest: Fastest | None, rows: int) -> Iterator[None]:
+    """Let models attend from one token a row by the fastest way; all ranks have to enter it.
+
+    Args:
+        fastest: finds it; None: let them as they are.
+        rows: of the batch.
+    """
+    if fastest is None or not device.has_kernels:
+        yield
+        return
+    kernels = device.kernels
+    chosen = fastest("attention", lambda: _ways(kernels, rows))
+    if kernels is None or chosen == TORCH:
+        yield
+        return
+    _KERNELS.append(kernels)
+    ALL_ATTENTION_FUNCTIONS[PLAIN] = _attention
+    try:
+        yield
+    finally:
+        del ALL_ATTENTION_FUNCTIONS[PLAIN]  # what stood there for all files is left
+        _KERNELS.clear()
+
+
+def _ways(kernels: Kernels | None, rows: int) -> dict[str, Callable[[], Tensor]]:
+    heads, length, width = SHAPE
+    query = torch.ones(rows, heads, 1, width)
+    keys, values = torch.ones(2, rows, heads, length, width)
+    seen = torch.ones(rows, length, dtype=torch.bool)
+    mask = seen[:, None, None]
+    ways = {TORCH: lambda: scaled_dot_product_attention(query, keys, values, mask)}
+    if kernels is not None:
+        ways["own"] = lambda: kernels.attention(query, keys, values, seen, 1)
+    return ways
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **further: Any,
+) -> tuple[Tensor, None]:
+    """As transformers' ``sdpa_attention_forward``."""
+    seen = None
+    if attention_mask is not None and attention_mask.shape[1:3] == (1, 1):
+        seen = attention_mask[:, 0, 0].expand(len(query), -1)
+    fits = (
+        query.shape[2] == 1
+        and query.dtype == key.dtype == value.dtype == torch.float32
+        and query.shape[3] == key.shape[3] == value.shape[3]
+        and query.shape[3] % LANES == 0
+        and (attention_mask is None or (seen is not None and seen.dtype == torch.bool))
+        and (seen is None or seen.shape[1] == key.shape[2])
+        and further.get("position_bias") is None
+        and not dropout
+    )
+    if not fits:
+        plain = ALL_ATTENTION_FUNCTIONS._global_mapping[PLAIN]
+        attended: tuple[Tensor, None] = plain(
+            *(module, query, key, value, attention_mask),
+            dropout=dropout,
+            scaling=scaling,
+            **further,
+        )
+        return attended
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    return torch.ops.hlrlhf.attention(query, key, value, seen, scale), None
+
+
+# What an operation calls that a compiler does not look into.
+_KERNELS: list[Kernels] = []
+
+
+# Defined without torch's wrapper for custom operations, which takes longer than a small attention.
+torch.library.define(
+    "hlrlhf::attention",
+    "(Tensor query, Tensor keys, Tensor values, Tensor? seen, float scale) -> Tensor",
+)
+
+
+@torch.library.impl("hlrlhf::attention", "CPU")
+def _called(
+    query: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None, scale: float
+) -> Tensor:
+    return _KERNELS[0].attention(query, keys, values, seen, scale)
+
+
+@torch.library.register_fake("hlrlhf::attention")  # type: ignore[untyped-decorator]
+def _shaped(
+    query: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None, scale: float
+) -> Tensor:
+    rows, heads, _, width = query.shape
+    return query.new_empty(rows, 1, heads, width)

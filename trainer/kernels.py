@@ -1,0 +1,130 @@
+"""Kernels of our own for the few rows of a token, compiled where they run.
+
+General ones bring what they read into another order first, which pays for many rows.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shlex
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+from torch.nn.functional import linear
+
+# Computes a layer [..., out] of what it reads [..., in].
+Layer = Callable[[Tensor], Tensor]
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fPIC", "-shared")
+# Far more than a compiler needs, on a node that is not broken.
+SECONDS = 120
+# The floats that a processor computes with at a time, or a multiple of them.
+LANES = 16
+
+
+class Kernels:
+    """Those of this processor, for fp32 and without gradient.
+
+    Args:
+        library: of the compiled source.
+    """
+
+    def __init__(self, library: ctypes.CDLL):
+        self._multiply = library.multiply
+        self._multiply.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_long] * 3
+        self._multiply.restype = None
+        self._attend = library.attend
+        self._attend.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_long] * 10 + [ctypes.c_float]
+        self._attend.restype = None
+
+    def product(self, weight: Tensor, bias: Tensor | None, rows: int) -> Layer:
+        """Makes a product with weights [out, in] and a bias; of more rows, it is torch's."""
+        weight = weight.contiguous()
+        width, read_width = weight.shape
+        weight_at, bias_at = weight.data_ptr(), None if bias is None else bias.data_ptr()
+        multiply = self._multiply
+
+        def product(read: Tensor) -> Tensor:
+            count = read.numel() // read_width
+            if count > rows:
+                return linear(read, weight, bias)
+            read = read.contiguous()
+            into = read.new_empty(*read.shape[:-1], width)
+            at = (read.data_ptr(), weight_at, bias_at, into.data_ptr())
+            multiply(*at, count, read_width, width)
+            return into
+
+        return product
+
+    def attention(
+        self, query: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None, scale: float
+    ) -> Tensor:
+        """Scaled dot-product attention of one token in each row.
+
+        Args:
+            query: [b, heads, 1, width], a width that `LANES` divides.
+            keys, values: [b, heads or a divisor, n, width].
+            seen: bool [b, n], which tokens a row attends to; None: all.
+
+        Returns:
+            [b, 1, heads, width].
+        """
+        query = query.contiguous()
+        # Rows and heads may lie apart, as those of a cache with room for more tokens do.
+        keys, values = (held if _is_dense(held) else held.contiguous() for held in (keys, values))
+        seen = None if seen is None else seen.contiguous()
+        rows, heads, _, width = query.shape
+        length = keys.shape[2]
+        room = -(-length // LANES) * LANES
+        weights = query.new_empty(rows, heads, room)
+        into = query.new_empty(rows, 1, heads, width)
+        read = (query.data_ptr(), keys.data_ptr(), values.data_ptr())
+        self._attend(
+            *(*read, None if seen is None else seen.data_ptr()),
+            *(weights.data_ptr(), into.data_ptr()),
+            *(rows, heads, heads // keys.shape[1], length, width, room),
+            *(*keys.stride()[:2], *values.stride()[:2], scale),
+        )
+        return into
+
+
+def _is_dense(held: Tensor) -> bool:
+    """Whether the tokens [..., n, width] of a head lie one after the other."""
+    return held.stride()[2:] == (held.shape[3], 1)
+
+
+def compiled(processor: str = "native") -> Kernels:
+    """Compile the kernels, which takes about a second, by ``CXX`` or ``c++``.
+
+    Each process has its own: what another node has compiled may ask too much of this one.
+
+    Args:
+        processor: as the compiler calls it.
+
+    Raises:
+        OSError: there is no compiler, or it cannot; says why.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "kernels.so")
+        try:
+            compiler = shlex.split(os.environ.get("CXX") or "c++")
+            command = [*compiler, *FLAGS, f"-march={processor}", str(SOURCE), "-o", str(file)]
+            subprocess.run(
+                command,
+                capture_output=True,
+                encoding="utf-8",
+                errors="replace",
+                check=True,
+                timeout=SECONDS,
+            )
+        except subprocess.CalledProcessError as error:
+            raise OSError(f"{shlex.join(command)}: {error.stderr.strip()}") from error
+        except (subprocess.TimeoutExpired, ValueError) as error:  # too slow, or an open quote
+            raise OSError(str(error)) from error
+        # torch's OpenMP is loaded already, so the kernels have the same threads.
+        return Kernels(ctypes.CDLL(str(file)))
