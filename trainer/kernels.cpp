@@ -34,23 +34,24 @@ enum { ROWS = 4, OUTS = 2 }; // in 8 of 16
 
 enum {
     WIDTH = sizeof(Lanes) / sizeof(float),
-    AHEAD = 2, // tiles
+    AHEAD = 512, // floats
 };
 
-// Products. The next weights are asked for ahead.
+// Products.
 
-// A tile of the product: so many rows [in] times so many weights [in], into y [out].
+// A tile of the product: so many rows [in] times so many weights [in], into y [out]. The weights are
+// `apart` of one another, so that each is the next one of those that the tile before has read.
 template <int rows, int outs>
 static inline void tile(const float *x, const float *weights, const float *bias, float *y, long in,
-                        long out) {
+                        long out, long apart) {
     Lanes sums[rows][outs] = {};
     long k = 0;
     for (; k + WIDTH <= in; k += WIDTH) {
         Lanes read[outs];
         for (int o = 0; o < outs; o++) {
-            // Beyond the last ones nothing is read: it is no more than a wish.
-            __builtin_prefetch(weights + (o + AHEAD * outs) * in + k);
-            read[o] = *(const Lanes *)(weights + o * in + k);
+            const float *at = weights + o * apart * in + k;
+            __builtin_prefetch(at + AHEAD); // beyond the last ones it is no more than a wish
+            read[o] = *(const Lanes *)at;
         }
         for (int r = 0; r < rows; r++) {
             const Lanes own = *(const Lanes *)(x + r * in + k);
@@ -62,8 +63,8 @@ static inline void tile(const float *x, const float *weights, const float *bias,
         for (int o = 0; o < outs; o++) {
             float sum = total(sums[r][o]);
             for (long rest = k; rest < in; rest++)
-                sum += x[r * in + rest] * weights[o * in + rest];
-            y[r * out + o] = bias ? sum + bias[o] : sum;
+                sum += x[r * in + rest] * weights[o * apart * in + rest];
+            y[r * out + o * apart] = bias ? sum + bias[o * apart] : sum;
         }
     }
 }
@@ -71,22 +72,23 @@ static inline void tile(const float *x, const float *weights, const float *bias,
 // All rows, at most so many at a time, times so many weights, which stay in a processor's own cache.
 template <int most, int outs>
 static inline void strip(const float *x, const float *weights, const float *bias, float *y,
-                         long rows, long in, long out) {
+                         long rows, long in, long out, long apart) {
     for (; rows >= most; rows -= most, x += most * in, y += most * out)
-        tile<most, outs>(x, weights, bias, y, in, out);
+        tile<most, outs>(x, weights, bias, y, in, out, apart);
     if constexpr (most > 1)
-        strip<most / 2, outs>(x, weights, bias, y, rows, in, out);
+        strip<most / 2, outs>(x, weights, bias, y, rows, in, out, apart);
 }
 
 // Rows x [rows, in] times weights [out, in], transposed, and a bias [out] or none: y [rows, out].
 extern "C" void multiply(const float *x, const float *weights, const float *bias, float *y,
                          long rows, long in, long out) {
-    const long whole = out / OUTS * OUTS;
+    // As many streams of weights, each of which lies in one piece.
+    const long stream = out / OUTS;
 #pragma omp parallel for schedule(static)
-    for (long o = 0; o < whole; o += OUTS)
-        strip<ROWS, OUTS>(x, weights + o * in, bias ? bias + o : bias, y + o, rows, in, out);
-    for (long o = whole; o < out; o++)
-        strip<ROWS, 1>(x, weights + o * in, bias ? bias + o : bias, y + o, rows, in, out);
+    for (long o = 0; o < stream; o++)
+        strip<ROWS, OUTS>(x, weights + o * in, bias ? bias + o : bias, y + o, rows, in, out, stream);
+    for (long o = stream * OUTS; o < out; o++)
+        strip<ROWS, 1>(x, weights + o * in, bias ? bias + o : bias, y + o, rows, in, out, 1);
 }
 
 // Attention.
