@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib
 import importlib.util
@@ -163,6 +164,7 @@ class Cpu(Device):
     def __init__(self, settings: Settings, local_rank: int):
         super().__init__(settings, local_rank)
         self._speaks = local_rank == 0  # for its node
+        _keep_memory()
         # DeepSpeed would build a shared-memory all-reduce in C++ at the first start; gloo does.
         ops = importlib.import_module("deepspeed.ops")
         ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -375,6 +377,24 @@ def _packed(weight: Tensor, bias: Tensor | None, rows: int) -> Layer:
     blocks = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
     product = torch.ops.mkldnn._linear_pointwise
     return lambda read: product(read, blocks, bias, "none", [], "")
+
+
+# Of larger tensors than this the memory is given back: it would leave gaps where nothing fits.
+KEPT = 2**27
+
+
+def _keep_memory() -> None:
+    """Have the C library keep the memory of tensors for the next ones.
+
+    Linux clears what it gives, which one thread does while the others wait: in a step some GB, as
+    each micro batch takes new memory for gradients. Left alone where MALLOC_MMAP_THRESHOLD_ or
+    MALLOC_TRIM_THRESHOLD_ says otherwise, see mallopt(3), and where that is not glibc's.
+    """
+    trim, mmap = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt and not {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"} & set(os.environ):
+        mallopt(mmap, KEPT)
+        mallopt(trim, -1)  # never
 
 
 def _has_bf16_units() -> bool:

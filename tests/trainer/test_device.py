@@ -336,3 +336,22 @@ def test_graphs_are_for_generation_in_lazy_mode(
     assert calls == (
         ["wrap_in_hpu_graph Linear", "graph forward", "clear_cache"] if in_graph else []
     )
+
+
+def test_memory_of_tensors_is_kept_for_the_next_ones() -> None:
+    """In a process of its own: how memory is taken is the whole process' and stays so."""
+    asked = (
+        "import resource, tiny, torch; tiny.cpu(tiny.settings());"
+        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt;"
+        "take = lambda: torch.zeros(30 * 2**20);"  # 120 MB
+        # Something small may have come to lie where the first ones were.
+        "[take() for _ in range(4)]; before = faults(); take(); print(faults() - before)"
+    )
+    for given, is_kept in (({}, True), ({"MALLOC_TRIM_THRESHOLD_": "131072"}, False)):
+        unset = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "THP_MEM_ALLOC_ENABLE")
+        environ = {k: v for k, v in os.environ.items() if k not in unset}
+        environ |= {"PYTHONPATH": str(HERE)} | given
+        words = [sys.executable, "-c", asked]
+        done = subprocess.run(words, env=environ, capture_output=True, text=True, check=True)
+        # New memory is 60 faults where a page is as large as it gets, 2 MB.
+        assert (int(done.stdout) < 30) is is_kept
