@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hlrlhf.trainer.decoding.fastest import TORCH, Fastest
 from hlrlhf.trainer.device import Device
 from hlrlhf.trainer.kernels import LANES, Kernels
+from hlrlhf.trainer.models import forwards
 
 # The implementation of transformers that it takes the place of: models that take it need no more
 # than a mask and a scale.
@@ -23,14 +25,17 @@ SHAPE = (8, 256, 64)
 
 
 @contextlib.contextmanager
-def attending(device: Device, fastest: Fastest | None, rows: int) -> Iterator[None]:
-    """Let models attend from one token a row by the fastest way; all ranks have to enter it.
+def attending(
+    device: Device, fastest: Fastest | None, model: PreTrainedModel, rows: int
+) -> Iterator[None]:
+    """Let a model attend from one token a row by the fastest way; all ranks have to enter it.
 
     Args:
-        fastest: finds it; None: let them as they are.
+        fastest: finds it; None: leave the model as it is.
+        model: in peft's wrapper when it has adapters.
         rows: of the batch.
     """
-    if fastest is None or not device.has_kernels:
+    if fastest is None or not device.has_kernels or not _may_fit(forwards.unwrapped(model)):
         yield
         return
     kernels = device.kernels
@@ -45,6 +50,14 @@ def attending(device: Device, fastest: Fastest | None, rows: int) -> Iterator[No
     finally:
         del ALL_ATTENTION_FUNCTIONS[PLAIN]  # what stood there for all files is left
         _KERNELS.clear()
+
+
+def _may_fit(model: PreTrainedModel) -> bool:
+    """Whether a model may come to ask for what the kernel computes."""
+    config = model.config.get_text_config()
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    is_plain: bool = config._attn_implementation == PLAIN
+    return is_plain and width % LANES == 0 and model.dtype == torch.float32
 
 
 def _ways(kernels: Kernels | None, rows: int) -> dict[str, Callable[[], Tensor]]:

@@ -94,7 +94,7 @@ class Loop(Base, ABC):
             with (
                 gathered(policy),
                 self._weights.of(model, len(prompts)),
-                attending(self.device, self._fastest, len(prompts)),
+                attending(self.device, self._fastest, model, len(prompts)),
                 self.device.generating(forwards.unwrapped(model)),
             ):
                 return self._sampled(policy, ids, mask, witness)

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from hlrlhf.trainer import kernels
 from hlrlhf.trainer.decoding import attention
 from hlrlhf.trainer.decoding import cache as caches
 from hlrlhf.trainer.decoding.attention import attending
@@ -54,7 +55,7 @@ def logits_of(policy: Any, way: str) -> list[Tensor]:
     layers = forwards.unwrapped(policy.lm).config.get_text_config().num_hidden_layers
     held = caches.Growing(layers, 7)
     made = []
-    with torch.no_grad(), attending(cpu(), chosen(way), 3):
+    with torch.no_grad(), attending(cpu(), chosen(way), policy.lm, 3):
         for width in range(4, 8):
             tokens = PROMPTS if width == 4 else FURTHER[:, width - 5 : width - 4]
             mask = torch.cat([MASK, torch.ones(3, width - 4, dtype=torch.long)], dim=1)
@@ -84,6 +85,12 @@ def loaded(folder: Path, architecture: str, dtype: str = "fp32") -> Any:
     return loading.load_policy(str(folder), dtype, 0.0).eval()
 
 
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A model that may ask for the kernel."""
+    return loaded(tmp_path_factory.mktemp("llama"), "llama").lm
+
+
 @pytest.mark.parametrize("architecture", architectures.CONFIGS)
 def test_the_same_numbers(tmp_path: Path, architecture: str, counted: list[torch.Size]) -> None:
     policy = loaded(tmp_path, architecture)
@@ -101,9 +108,7 @@ def test_the_same_numbers(tmp_path: Path, architecture: str, counted: list[torch
 
 
 @pytest.mark.parametrize("unfit", ["bf16", "narrow heads", "a bias of positions", "a float mask"])
-def test_what_does_not_fit_is_left_to_torch(
-    unfit: str, counted: list[torch.Size], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_does_not_fit_is_left_to_torch(unfit: str, counted: list[torch.Size], lm: Any) -> None:
     dtype = torch.bfloat16 if unfit == "bf16" else torch.float32
     width = 12 if unfit == "narrow heads" else 16
     query = torch.randn(2, 4, 1, width, dtype=dtype)
@@ -113,16 +118,16 @@ def test_what_does_not_fit_is_left_to_torch(
     given = (torch.nn.Identity(), query, key, value, mask)
     expected = sdpa_attention_forward(*given, **more)[0]
 
-    with attending(cpu(), chosen("own"), 2):
+    with attending(cpu(), chosen("own"), lm, 2):
         made = ALL_ATTENTION_FUNCTIONS["sdpa"](*given, **more)[0]
 
     assert made.equal(expected)
     assert not counted
 
 
-def test_dropout_is_left_to_torch(counted: list[torch.Size]) -> None:
+def test_dropout_is_left_to_torch(counted: list[torch.Size], lm: Any) -> None:
     query = torch.randn(1, 1, 1, 16)
-    with attending(cpu(), chosen("own"), 1):
+    with attending(cpu(), chosen("own"), lm, 1):
         attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
         attend(torch.nn.Identity(), query, query, query, None, dropout=1.0)
         assert not counted
@@ -130,13 +135,13 @@ def test_dropout_is_left_to_torch(counted: list[torch.Size]) -> None:
         assert len(counted) == 1
 
 
-def test_the_faster_one_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_faster_one_is_taken(monkeypatch: pytest.MonkeyPatch, lm: Any) -> None:
     clock = iter(range(10**6))
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
 
     def taken() -> str:
         fastest = Fastest(cpu())
-        with attending(cpu(), fastest, 2):
+        with attending(cpu(), fastest, lm, 2):
             pass
         way: str = fastest.state()["attention"]
         return way
@@ -154,9 +159,9 @@ def test_the_faster_one_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert taken() == "own"
 
 
-def test_after_a_rollout_that_failed_models_attend_as_before() -> None:
+def test_after_a_rollout_that_failed_models_attend_as_before(lm: Any) -> None:
     def rollout() -> None:
-        with attending(cpu(), chosen("own"), 2):
+        with attending(cpu(), chosen("own"), lm, 2):
             assert ALL_ATTENTION_FUNCTIONS["sdpa"] is attention._attention
             raise ValueError("of the model")
 
@@ -167,14 +172,34 @@ def test_after_a_rollout_that_failed_models_attend_as_before() -> None:
 
 
 def test_a_rank_without_a_compiler_takes_part_in_the_measurement(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, lm: Any
 ) -> None:
     """Or those that have one would wait for it."""
     monkeypatch.setenv("CXX", "no-such-compiler")
     bare = tiny.cpu(tiny.settings())
     fastest = Fastest(bare)
 
-    with attending(bare, fastest, 2):
+    with attending(bare, fastest, lm, 2):
         assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
 
     assert fastest.state() == {"attention": "torch"}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype"), [("llama", "bf16"), ("bloom", "fp32"), ("narrow", "fp32")]
+)
+def test_nothing_is_compiled_for_a_model_that_does_not_ask(
+    tmp_path: Path, architecture: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if architecture == "narrow":
+        policy = loading.load_policy(str(tiny.save_policy(tmp_path, "llama")), dtype, 0.0)
+    else:
+        policy = loaded(tmp_path, architecture, dtype)
+    monkeypatch.setattr(kernels, "compiled", lambda: pytest.fail("compiled"))
+    device = tiny.cpu(tiny.settings())
+    fastest = Fastest(device)
+
+    with attending(device, fastest, policy.lm, 2):
+        pass
+
+    assert fastest.state() == {}

@@ -193,7 +193,7 @@ def test_without_a_compiler_it_goes_on_with_a_word(
     fastest.restore({HEAD: "own", "attention": "own"})
 
     assert HEAD not in others_in(Prepared(cpu, fastest), policy)
-    with attending(cpu, fastest, 2):
+    with attending(cpu, fastest, policy.lm, 2):
         assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
 
     assert set(fastest.state().values()) <= {"torch", "packed", "own"}
