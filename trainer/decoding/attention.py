@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from hlrlhf.trainer.decoding.fastest import TORCH, Fastest
 from hlrlhf.trainer.device import Device
@@ -20,6 +20,7 @@ from hlrlhf.trainer.models import forwards
 # The implementation of transformers that it takes the place of: models that take it need no more
 # than a mask and a scale.
 PLAIN = "sdpa"
+_PLAIN = AttentionInterface()[PLAIN]
 # What is measured: so many heads, tokens and numbers of each.
 SHAPE = (8, 256, 64)
 
@@ -97,13 +98,8 @@ def _attention(
         and not dropout
     )
     if not fits:
-        plain = ALL_ATTENTION_FUNCTIONS._global_mapping[PLAIN]
-        attended: tuple[Tensor, None] = plain(
-            *(module, query, key, value, attention_mask),
-            dropout=dropout,
-            scaling=scaling,
-            **further,
-        )
+        given = (module, query, key, value, attention_mask, dropout, scaling)
+        attended: tuple[Tensor, None] = _PLAIN(*given, **further)
         return attended
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     return torch.ops.hlrlhf.attention(query, key, value, seen, scale), None
