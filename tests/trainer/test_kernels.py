@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -33,6 +34,19 @@ def processors() -> list[str]:
     return ["native", "haswell"] if torch.cpu._is_avx2_supported() else ["native"]
 
 
+def by_threads(compute: Callable[[], Tensor]) -> list[Tensor]:
+    """What is computed by 1, 2 and 3 threads."""
+    before = torch.get_num_threads()
+    made = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            made.append(compute())
+    finally:
+        torch.set_num_threads(before)
+    return made
+
+
 @pytest.mark.parametrize("processor", processors())
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [1, 2, 3, 7, 8, 19])
@@ -58,13 +72,8 @@ def test_a_row_is_the_same_whatever_is_beside_it() -> None:
     make = compiled().product
     read, weight, bias = drawn(11, 203, 58)
     together = make(weight, bias, 11)(read)
-    before = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            assert make(weight, bias, 11)(read).equal(together)
-    finally:
-        torch.set_num_threads(before)
+    for made in by_threads(lambda: make(weight, bias, 11)(read)):
+        assert made.equal(together)
     for row in range(11):
         assert make(weight, bias, 11)(read[row : row + 1]).equal(together[row : row + 1])
 
@@ -168,13 +177,8 @@ def test_attention_of_a_row_is_the_same_whatever_is_beside_it() -> None:
     query, keys, values, seen = tokens(5, 6, 2, 50, 48)
     attention = compiled().attention
     together = attention(query, keys, values, seen, 0.2)
-    before = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            assert attention(query, keys, values, seen, 0.2).equal(together)
-    finally:
-        torch.set_num_threads(before)
+    for made in by_threads(lambda: attention(query, keys, values, seen, 0.2)):
+        assert made.equal(together)
     for row in range(5):
         alone = [held[row : row + 1] for held in (query, keys, values, seen)]
         assert attention(*alone, 0.2).equal(together[row : row + 1])

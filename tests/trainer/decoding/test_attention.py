@@ -30,11 +30,11 @@ pytestmark = [pytest.mark.usefixtures("one_rank"), tiny.compiles]
 PROMPTS = torch.tensor([[0, 0, 7, 8], [5, 6, 7, 8], [0, 9, 3, 4]])
 MASK = (PROMPTS != 0).long()
 FURTHER = torch.tensor([[11, 12, 13], [21, 22, 23], [31, 32, 33]])
-# Of logits up to about 10; fp32 sums in another order.
 # What makes the width of a head, under the names of configurations.
 WIDTHS = {"hidden_size", "n_embd", "d_model", "head_dim", "word_embed_proj_dim"}
 # Those that attend in a way of their own.
 OTHERS = {"bloom", "mpt", "gpt_neo", "gptj", "gemma2", "falcon", "falcon-40b", "falcon-alibi"}
+# Of logits up to about 10; fp32 sums in another order.
 TOLERANCE = {"rtol": 0, "atol": 1e-4}
 
 
