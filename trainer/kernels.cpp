@@ -24,11 +24,9 @@ static inline float total(Sixteen lanes) {
 }
 
 typedef Sixteen Lanes;
-typedef int Whole LANES(16);
 enum { ROWS = 8, OUTS = 3 }; // the sums of a tile are in 24 of 32 registers
 #else
 typedef Eight Lanes;
-typedef int Whole LANES(8);
 enum { ROWS = 4, OUTS = 2 }; // in 8 of 16
 #endif
 
@@ -36,6 +34,8 @@ enum {
     WIDTH = sizeof(Lanes) / sizeof(float),
     AHEAD = 512, // floats
 };
+
+typedef int Whole LANES(WIDTH);
 
 // Products.
 

@@ -83,10 +83,9 @@ class Kernels:
         room = -(-length // LANES) * LANES
         weights = query.new_empty(rows, heads, room)
         into = query.new_empty(rows, 1, heads, width)
-        read = (query.data_ptr(), keys.data_ptr(), values.data_ptr())
+        held = (query, keys, values, seen, weights, into)
         self._attend(
-            *(*read, None if seen is None else seen.data_ptr()),
-            *(weights.data_ptr(), into.data_ptr()),
+            *(None if one is None else one.data_ptr() for one in held),
             *(rows, heads, heads // keys.shape[1], length, width, room),
             *(*keys.stride()[:2], *values.stride()[:2], scale),
         )

@@ -36,12 +36,8 @@ def attending(
         model: in peft's wrapper when it has adapters.
         rows: of the batch.
     """
-    if fastest is None or not device.has_kernels or not _may_fit(forwards.unwrapped(model)):
-        yield
-        return
-    kernels = device.kernels
-    chosen = fastest("attention", lambda: _ways(kernels, rows))
-    if kernels is None or chosen == TORCH:
+    kernels = _taken(device, fastest, forwards.unwrapped(model), rows)
+    if kernels is None:
         yield
         return
     _KERNELS.append(kernels)
@@ -51,6 +47,17 @@ def attending(
     finally:
         del ALL_ATTENTION_FUNCTIONS[PLAIN]  # what stood there for all files is left
         _KERNELS.clear()
+
+
+def _taken(
+    device: Device, fastest: Fastest | None, model: PreTrainedModel, rows: int
+) -> Kernels | None:
+    """The kernels, where they are the fastest way; None where torch is, or they do not fit."""
+    if fastest is None or not device.has_kernels or not _may_fit(model):
+        return None
+    kernels = device.kernels
+    # A rank that has none takes part, as others may wait for it.
+    return None if fastest("attention", lambda: _ways(kernels, rows)) == TORCH else kernels
 
 
 def _may_fit(model: PreTrainedModel) -> bool:
