@@ -565,8 +565,8 @@ def test_local_on_two_nodes(settings: Path, trainer: Path) -> None:
 
 def test_a_run_here_is_known_and_stopped(settings: Path, trainer: Path) -> None:
     trainer.write_text(
-        TRAINER + "signal.signal(signal.SIGUSR1, lambda *_: leave(75, 'warned'))\n"
-        "print('ready', flush=True)\ntime.sleep(100)\n"
+        TRAINER + "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})\n"
+        "print('ready', flush=True)\nsignal.sigwait({signal.SIGUSR1})\nleave(75, 'warned')\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-m", "hlrlhf", "submit", "--local"], stdout=subprocess.DEVNULL

@@ -145,10 +145,13 @@ def test_stopped_early(start: Start) -> None:
     assert start("leave(75)") == 75
 
 
+# A handler in Python would wait for the end of a sleep that begins just when the signal comes.
 STOPS = """
-signal.signal(signal.SIGUSR1, lambda *_: (print('stopping', flush=True), leave(75)))
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
 print('ready', flush=True)
-time.sleep(60)
+signal.sigwait({signal.SIGUSR1})
+print('stopping', flush=True)
+leave(75)
 """
 GOES_ON = STOPS.replace("leave(75)", "time.sleep(60)")
 
