@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,9 @@ from pathlib import Path
 from hlrlhf.settings.names import ALIASES, settings_by_name
 from hlrlhf.settings.page import page
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "settings.md"
+ROOT = Path(__file__).parents[2]
+DOCUMENT = ROOT / "docs" / "settings.md"
+SUFFIXES = {".md", ".py", ".j2", ".yaml"}
 
 
 def test_the_page_has_not_drifted() -> None:
@@ -31,6 +34,17 @@ def test_every_setting_and_alias_has_one_row() -> None:
             assert part in row
     for alias, env in ALIASES.items():
         assert f"| `{alias}` | `{env}` |" in rows
+
+
+def test_whatever_is_told_of_a_setting_calls_it_by_its_name() -> None:
+    """In the documents and in messages: one that was renamed would be advice that fails."""
+    sources = [ROOT / "README.md"]
+    for room in ("docs", "hlrlhf", "trainer", "templates", "presets"):
+        sources += [file for file in (ROOT / room).rglob("*") if file.suffix in SUFFIXES]
+    known = {setting.env for setting in settings_by_name().values()} | set(ALIASES)
+    for file in sources:
+        named = re.findall(r"\bHL_[A-Z0-9_]*[A-Z0-9]\b(?!\*)", file.read_text(encoding="utf-8"))
+        assert set(named) <= known, file
 
 
 def test_defaults_in_words() -> None:
