@@ -43,9 +43,9 @@ HEAD = """\
 Each of these goes through a run as a tiny random model with two layers, with the transformers of
 `constraints.txt`, on one rank, in fp32:
 
-- **actor**: log-probs of a batch padded on the left are those that transformers gives for each row
-  alone, within 1e-5 nats; those of sampled answers are those of the distribution that was sampled
-  from; two updates move every weight;
+- **actor**: log-probs of a batch padded on the left, or on the right without a mask, are those that
+  transformers gives for each row alone, within 1e-5 nats; those of sampled answers are those of the
+  distribution that was sampled from; two updates move every weight;
 - **critic, reward**: the same for the scores of every token, in both formats of a checkpoint;
 - **LoRA**: with `lora.dim` and `only_optimize_lora`, two updates move all adapters and the critic's
   head and nothing else, and every matrix but embeddings and heads has an adapter;
@@ -168,19 +168,22 @@ def refusal(trial: Callable[[], None]) -> str | None:
 
 @torch.no_grad()
 def check_policy(folder: Path) -> None:
-    """Log-probs in a padded batch, row by row, and of a rollout."""
+    """Log-probs in padded batches, row by row, and of a rollout."""
     policy = loading.load_policy(str(folder), "fp32", 0.0).eval()
     assert flops.cost(policy).attention == 4 * 2 * 32  # two layers, heads as wide as the model
     plain = AutoModelForCausalLM.from_pretrained(folder).eval()
     ids, mask = tiny.padded(ROWS, width=10)
-    together = policy(ids, mask, 2, 1.0)
+    padded_left = policy(ids, mask, 2, 1.0)
+    ids, begins = tiny.begun_together(ROWS, 2)
+    padded_right = policy(ids, None, 2, 1.0, begins=begins)
 
     def last(row: list[int]) -> Tensor:
         logprobs = plain(torch.tensor([row])).logits[0].log_softmax(-1)
         return torch.stack([logprobs[t - 1, row[t]] for t in (-2, -1)])
 
     for i, row in enumerate(ROWS):
-        torch.testing.assert_close(together[i], last(row), **TOLERANCE)
+        torch.testing.assert_close(padded_left[i], last(row), **TOLERANCE)
+        torch.testing.assert_close(padded_right[i], last(row), **TOLERANCE)
         check_all_tell(lambda tokens: last(tokens)[-1], row)
     check_rollout(policy)
     # Its layers with a window take the cache's length for the text's, as with a static cache.
@@ -191,23 +194,26 @@ def check_policy(folder: Path) -> None:
 
 @torch.no_grad()
 def check_scorer(folder: Path, step2: Path) -> None:
-    """Scores of a padded batch, at the last tokens of each row, of one model in two formats."""
+    """Scores of padded batches, at the last tokens of each row, of one model in two formats."""
     scorer = loading.load_scorer(str(folder), "fp32", 0.0).eval()
     assert flops.cost(scorer).attention == 4 * 2 * 32
     plain = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     # Rows come one by one: without a padding token it reads each one's last.
     plain.config.pad_token_id = None
     ids, mask = tiny.padded(ROWS, width=10)
-    together = scorer(ids, mask, 2)
+    padded_left = scorer(ids, mask, 2)
     as_step2 = loading.load_scorer(str(step2), "fp32", 0.0).eval()
-    torch.testing.assert_close(as_step2(ids, mask, 2), together, **TOLERANCE)
+    torch.testing.assert_close(as_step2(ids, mask, 2), padded_left, **TOLERANCE)
+    ids, begins = tiny.begun_together(ROWS, 2)
+    padded_right = scorer(ids, None, 2, begins=begins)
 
     def last(row: list[int]) -> Tensor:
         return plain(torch.tensor([row])).logits[0, 0]
 
     for i, row in enumerate(ROWS):
         expected = torch.stack([last(row[:-2]), last(row[:-1]), last(row)])
-        torch.testing.assert_close(together[i], expected, **TOLERANCE)
+        torch.testing.assert_close(padded_left[i], expected, **TOLERANCE)
+        torch.testing.assert_close(padded_right[i], expected, **TOLERANCE)
         check_all_tell(last, row)
 
 

@@ -172,6 +172,13 @@ def padded(rows: list[list[int]], width: int | None = None) -> tuple[Any, Any]:
     return ids, mask
 
 
+def begun_together(rows: list[list[int]], answer_width: int) -> tuple[Any, Any]:
+    """Rows of tokens padded on the right, and where answers of so many tokens begin in each."""
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([row + [PAD] * (width - len(row)) for row in rows])
+    return ids, torch.tensor([len(row) - answer_width for row in rows])
+
+
 def generation(**options: Any) -> Any:
     """A generation configuration with the tiny models' special tokens."""
     return GenerationConfig(**{"pad_token_id": PAD, "eos_token_id": [EOS]} | options)
@@ -206,8 +213,8 @@ class Engine:
     def __init__(self, module: Any):
         self.module = module
 
-    def __call__(self, *inputs: Any) -> Any:
-        return self.module(*inputs)
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        return self.module(*inputs, **named)
 
     def eval(self) -> None:
         self.module.eval()
@@ -253,9 +260,9 @@ class Kernels:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
-    def __call__(self, *inputs: Any) -> Any:
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
         assert self._head.forward == self._plain, "scoring goes without the kernels"
-        return self._engine(*inputs)
+        return self._engine(*inputs, **named)
 
     def eval(self) -> None:
         self._head.forward = lambda hidden: self._kernel(self._plain(hidden), hidden)

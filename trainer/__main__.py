@@ -11,6 +11,7 @@ that they are gone.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -91,12 +92,16 @@ def main(attempt: Attempt) -> Outcome:
 
 
 def _quieten() -> None:
-    """Keep transformers' bars and the libraries' warnings to each other out of the log."""
+    """Keep transformers' bars and the libraries' warnings to each other and us out of the log."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     # They call each other by names that are about to change.
     warnings.filterwarnings("ignore", category=FutureWarning)
+    # GPT-2 wants a mask for padding, which after a text does nothing.
+    logging.getLogger("transformers.modeling_utils").addFilter(
+        lambda record: "passing in an `attention_mask`" not in record.getMessage()
+    )
 
 
 def _failure(error: BaseException) -> Outcome:

@@ -38,8 +38,7 @@ def token_logprobs(
     type. It can be taken once, and not be differentiated again.
 
     Args:
-        logits: [b, r, v], the logits that predict each token. Further columns are passed over:
-            to cut them off would cost a copy of the gradient.
+        logits: [b, r, v], the logits that predict each token.
         tokens: [b, r], integer.
         temperature: the one that the tokens were sampled with.
         in_place: whether the gradient may overwrite the logits: nobody else reads them. Where an
@@ -78,7 +77,6 @@ class _TokenLogprobs(torch.autograd.Function):
         # After a gradient in place, this refuses to be done again: the logits have changed.
         logits, tokens, normalizers = ctx.saved_tensors
         gradient = logits.detach() if ctx.in_place else torch.empty_like(logits)
-        gradient[:, tokens.shape[1] :] = 0
         temperature, direct = ctx.temperature, gradient.dtype == normalizers.dtype
         slopes, normalizers, chosen = (
             part.unsqueeze(-1) for part in (slopes / temperature, normalizers * temperature, tokens)

@@ -367,7 +367,7 @@ class Ppo(Group):
     )
     trim: bool = Field(
         True,
-        description="Let rows of like length share a micro batch, and cut each to its own texts, "
+        description="Let rows of like length share a micro batch, as wide as its longest text, "
         "instead of computing on padding; off: all are as wide as the rollout, in its order.",
     )
     reuse_logprobs: bool = Field(

@@ -761,3 +761,20 @@ def test_large_tensors_lie_in_huge_pages_where_torch_can_take_them() -> None:
         words = [sys.executable, "-c", asked]
         done = subprocess.run(words, env=environ, capture_output=True, text=True, check=True)
         assert done.stdout.split() == ["False", expected]
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_no_log_recommends_a_mask_for_padding_after_a_text(quiet: bool) -> None:
+    """It does nothing there, but GPT-2 cannot know where texts end."""
+    asked = (
+        "import torch, transformers; from hlrlhf.trainer import __main__; "
+        f"{quiet} and __main__._quieten(); "
+        "shape = {'vocab_size': 8, 'n_embd': 4, 'n_layer': 1, 'n_head': 1, 'pad_token_id': 0}; "
+        "model = transformers.GPT2Model(transformers.GPT2Config(**shape)); "
+        "model(torch.zeros(1, 2, dtype=torch.long))"
+    )
+    words = [sys.executable, "-c", asked]
+
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+
+    assert ("recommend passing in an `attention_mask`" in done.stderr) is not quiet

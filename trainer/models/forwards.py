@@ -22,7 +22,7 @@ class Placed(Protocol):
     def module(self) -> Any:
         """The model itself."""
 
-    def __call__(self, *inputs: Any) -> Tensor:
+    def __call__(self, *inputs: Any, **named: Any) -> Tensor:
         """What the model's ``forward`` gives."""
 
     def eval(self) -> Any:
@@ -66,49 +66,42 @@ class Policy(nn.Module):
     def forward(
         self,
         sequences: Tensor,
-        attention_mask: Tensor,
+        attention_mask: Tensor | None,
         answer_width: int,
         temperature: float,
         loss: chunks.Loss | None = None,
+        begins: Tensor | None = None,
     ) -> Tensor:
-        """Log-probs of the answer tokens, the last `answer_width` columns, or a loss of them.
+        """Log-probs of the answer tokens, or a loss of them.
 
         Args:
-            sequences: [b, t], prompts padded on the left, answers on the right.
-            attention_mask: [b, t].
+            sequences: [b, t], each a prompt and its answer.
+            attention_mask: [b, t]; None where padding stands on the right alone, which no token
+                of a text sees.
             answer_width: r.
             temperature: the one that the answers were sampled with.
             loss: makes [m] of log-probs. Where it is known here, the gradient in chunks costs no
                 more than at once.
+            begins: [b], the columns where answers begin; None: they are the last r columns.
 
         Returns:
-            [b, r], fp32; [m] of a loss.
+            [b, r], fp32, no matter what where an answer has ended; [m] of a loss.
         """
-        inputs = {
-            "input_ids": sequences,
-            "attention_mask": attention_mask,
-            "use_cache": False,
-            **_positions(self._arguments, attention_mask),
-        }
-        answers = sequences[:, -answer_width:]
-        # The head is not run on prompt tokens: on BLOOM 1.1B it is a third of a forward.
-        kept = answer_width + 1
+        inputs = _inputs(self._arguments, sequences, attention_mask)
+        places = _places(sequences, answer_width, begins)
+        answers, before = sequences.gather(1, places[:, 1:]), places[:, :-1]
         plain = unwrapped(self.lm)
+        head = plain.get_output_embeddings()
         if self.logprob_chunk:
-            hidden = plain.base_model(**inputs).last_hidden_state[:, -kept:-1]
-            head = plain.get_output_embeddings()
+            hidden = _at(before, plain.base_model(**inputs).last_hidden_state)
             if loss is not None and chunks.fits(head):
                 size = self.logprob_chunk
                 return chunks.apply(loss, hidden, head, answers, temperature, size)
             logprobs = self._logprobs_in_chunks(hidden, answers, temperature)
         else:
-            if "logits_to_keep" in self._arguments:
-                logits = self.lm(**inputs, logits_to_keep=kept).logits
-            elif plain.config.model_type == "bloom":  # Gaudi's has no such argument there
-                hidden = plain.transformer(**inputs).last_hidden_state
-                logits = plain.lm_head(hidden[:, -kept:])
-            else:
-                logits = self.lm(**inputs).logits[:, -kept:]
+            # The head is not run on prompt tokens: on BLOOM 1.1B it is a third of a forward.
+            with head.register_forward_pre_hook(lambda _, states: _at(before, *states)):
+                logits = self.lm(**inputs).logits
             logprobs = formulas.token_logprobs(logits, answers, temperature, in_place=True)
         return logprobs if loss is None else loss(logprobs, slice(None))
 
@@ -215,32 +208,30 @@ class Scorer(nn.Module):
     def forward(
         self,
         sequences: Tensor,
-        attention_mask: Tensor,
+        attention_mask: Tensor | None,
         answer_width: int,
         head: nn.Module | None = None,
+        begins: Tensor | None = None,
     ) -> Tensor:
-        """Scalars at the last `answer_width` + 1 columns, the one before the answer included.
+        """Scalars at the answer tokens and at the one before them.
 
         Args:
-            sequences: [b, t], prompts padded on the left, answers on the right.
-            attention_mask: [b, t].
+            sequences: [b, t], each a prompt and its answer.
+            attention_mask: [b, t]; None where padding stands on the right alone, which no token
+                of a text sees.
             answer_width: r.
             head: takes the place of the model's own.
+            begins: [b], the columns where answers begin; None: they are the last r columns.
 
         Returns:
-            [b, r + 1], fp32. As values, entries 0 … r-1 are the estimates before each answer token;
-            as scores, entries 1 … r are those after it.
+            [b, r + 1], fp32, no matter what where an answer has ended. As values, entries 0 … r-1
+            are the estimates before each answer token; as scores, entries 1 … r are those after it.
         """
         classifier = unwrapped(self.classifier)
         backbone = getattr(classifier, classifier.base_model_prefix)
-        hidden = backbone(
-            input_ids=sequences,
-            attention_mask=attention_mask,
-            use_cache=False,
-            **_positions(self._arguments, attention_mask),
-        ).last_hidden_state
-        scores: Tensor = (head or self.head)(hidden[:, -answer_width - 1 :]).squeeze(-1)
-        return scores
+        inputs = _inputs(self._arguments, sequences, attention_mask)
+        scores: Tensor = (head or self.head)(backbone(**inputs).last_hidden_state).squeeze(-1)
+        return scores.gather(1, _places(sequences, answer_width, begins))
 
 
 class Parameters(NamedTuple):
@@ -264,6 +255,15 @@ def unwrapped(model: PreTrainedModel) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def _inputs(
+    arguments: frozenset[str], sequences: Tensor, attention_mask: Tensor | None
+) -> dict[str, Any]:
+    """What a model is given to read whole texts."""
+    positions = {} if attention_mask is None else _positions(arguments, attention_mask)
+    mask = {"attention_mask": attention_mask}
+    return {"input_ids": sequences, "use_cache": False, **mask, **positions}
+
+
 def _positions(arguments: frozenset[str], attention_mask: Tensor) -> dict[str, Tensor]:
     """Position ids for a model that takes them, padding not counted; ALiBi reads the mask.
 
@@ -273,6 +273,22 @@ def _positions(arguments: frozenset[str], attention_mask: Tensor) -> dict[str, T
         return {}
     counted = attention_mask.long()
     return {"position_ids": (counted.cumsum(-1) - counted) * counted}
+
+
+def _places(sequences: Tensor, answer_width: int, begins: Tensor | None) -> Tensor:
+    """[b, r + 1], columns of the answers and of the token before them, none beyond the last."""
+    width = sequences.shape[1]
+    if begins is None:
+        begins = sequences.new_full(sequences.shape[:1], width - answer_width)
+    steps = torch.arange(-1, answer_width, device=sequences.device)
+    return (begins.unsqueeze(-1) + steps).clamp(max=width - 1)
+
+
+def _at(places: Tensor, states: Tensor) -> Tensor:
+    """[b, r, h] of states [b, t, h], those of each row at its places [b, r]."""
+    rows = torch.arange(len(states), device=states.device).unsqueeze(-1)
+    picked = (places + rows * states.shape[1]).flatten()
+    return states.flatten(0, 1).index_select(0, picked).view(*places.shape, -1)
 
 
 def _arguments(model: PreTrainedModel) -> frozenset[str]:

@@ -33,10 +33,10 @@ class Copy:
         self.module: Any = getattr(model, "module", model)
         self._generation = contextlib.ExitStack()
 
-    def __call__(self, *inputs: Any) -> Tensor:
+    def __call__(self, *inputs: Any, **named: Any) -> Tensor:
         """What the model says of sequences, as fp32; see its ``forward``."""
         with self.ready():
-            scores: Tensor = self._model(*inputs)
+            scores: Tensor = self._model(*inputs, **named)
         return scores
 
     @contextlib.contextmanager
@@ -103,8 +103,8 @@ class WithoutAdapters(Copy):
         super().__init__(trained)
         self._head = () if first_head is None else (first_head,)
 
-    def __call__(self, *inputs: Any) -> Tensor:
-        return super().__call__(*inputs, *self._head)
+    def __call__(self, *inputs: Any, **named: Any) -> Tensor:
+        return super().__call__(*inputs, *self._head, **named)
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:

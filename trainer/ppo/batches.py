@@ -1,4 +1,4 @@
-"""Micro batches: rows of like length, each cut to the columns that its own texts need."""
+"""Micro batches: rows of like length whose texts begin together, as wide as the longest."""
 
 from __future__ import annotations
 
@@ -20,55 +20,74 @@ from hlrlhf.trainer.ranks import summed
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Which part of a batch goes through a model at a time.
+    """Which part of a batch goes through a model at a time; its texts begin in the first column.
 
     Attributes:
         rows: [n], their places in the batch.
-        columns: of [b, l + r], its longest prompt and its longest answer.
-        answers: of [b, r], its longest answer.
+        sequences: [n, t], their texts, which begin together, and whatever after them.
+        attention_mask: [n, t], 1 on the texts; None where a model does without.
+        begins: [n], the columns where answers begin.
+        answers: of [b, r], the longest answer.
     """
 
     rows: Tensor
-    columns: slice
+    sequences: Tensor
+    attention_mask: Tensor | None
+    begins: Tensor
     answers: slice
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor | None, int]:
+        """What a model is called with, beside `begins`."""
+        return self.sequences, self.attention_mask, self.answers.stop
 
 
 def micro_batches(
-    attention_mask: Tensor, answer_width: int, settings: Settings, device: Device
+    sequences: Tensor,
+    attention_mask: Tensor,
+    answer_width: int,
+    settings: Settings,
+    device: Device,
 ) -> list[MicroBatch]:
     """A batch in micro batches, which hold each row once; on all ranks they are as many.
 
     With ``ppo.trim`` the longest rows come first: what follows fits into the memory that they took,
-    and a batch that does not fit at all fails at once.
+    and a batch that does not fit at all fails at once. A micro batch is as wide as its longest
+    text, and not as its longest prompt and its longest answer, which are rarely the same row's.
 
     Args:
-        attention_mask: [b, l + r], prompts padded on the left, answers on the right.
+        sequences, attention_mask: [b, l + r], prompts padded on the left, answers on the right.
         answer_width: r.
-        device: the widths of prompts and answers are multiples of its own.
+        device: the widths of texts and answers are multiples of its own.
     """
-    trim = settings.ppo.trim
-    prompt_width = attention_mask.shape[1] - answer_width
-    parts = (attention_mask[:, :prompt_width], attention_mask[:, prompt_width:])
-    prompts, answers = torch.stack([part.sum(-1) for part in parts]).tolist()
-    order = list(range(len(prompts)))
+    trim, (_, full) = settings.ppo.trim, sequences.shape
+    prompt_width = full - answer_width
+    parts = (attention_mask[:, :prompt_width], attention_mask[:, prompt_width:], attention_mask)
+    begins, _, ends = lengths = torch.stack([part.sum(-1) for part in parts])
+    _, answers, texts = lengths.tolist()
+    order = list(range(len(texts)))
     if trim:
-        order.sort(key=lambda row: -prompts[row] - answers[row])
+        order.sort(key=lambda row: -texts[row])
     # ZeRO-3 gathers the head for each chunk of log-probs on all ranks, so they need as many chunks.
     in_step = settings.ppo.logprob_chunk > 0 and settings.actor.zero_stage == 3
     found = []
     for begin in range(0, len(order), settings.mbs):
-        rows = order[begin : begin + settings.mbs]
-        left, right = prompt_width, answer_width
+        picked = order[begin : begin + settings.mbs]
+        width, right = full, answer_width
         if trim:
-            left = min(left, _rounded_up(max(prompts[row] for row in rows), device.pad_to))
+            width = min(width, _rounded_up(max(texts[row] for row in picked), device.pad_to))
         if trim and not in_step:
-            right = min(right, _rounded_up(max(answers[row] for row in rows), device.pad_to))
+            right = min(right, _rounded_up(max(answers[row] for row in picked), device.pad_to))
+        rows = torch.tensor(picked, device=sequences.device)
+        column = torch.arange(width, device=sequences.device)
+        in_batch = (column + prompt_width - begins[rows, None]).clamp(max=full - 1)
+        # Where widths are rounded up there may be more columns than places that a model knows:
+        # with a mask, padding has none.
+        mask = None
+        if device.pad_to > 1:
+            mask = (column < ends[rows, None]).to(attention_mask.dtype)
         found.append(
-            MicroBatch(
-                rows=torch.tensor(rows, device=attention_mask.device),
-                columns=slice(prompt_width - left, prompt_width + right),
-                answers=slice(right),
-            )
+            MicroBatch(rows, sequences[rows].gather(1, in_batch), mask, begins[rows], slice(right))
         )
     return found
 
@@ -100,7 +119,7 @@ def outputs(
     Returns:
         What it says of answers of r columns, each row at its place; 0 in columns that were cut.
     """
-    parts = micro_batches(attention_mask, answer_width, settings, device)
+    parts = micro_batches(sequences, attention_mask, answer_width, settings, device)
     found = []
     # Once for all micro batches: ready, which may mean to come to the device, or to switch the
     # adapters of a trained model off; under ZeRO-3 brought together; in fp32 with adapters added to
@@ -109,9 +128,7 @@ def outputs(
     prepared = Prepared(device)
     with ready(), gathered(model), prepared.of(model.module, settings.mbs):
         for part in parts:
-            inputs = (sequences[part.rows, part.columns], attention_mask[part.rows, part.columns])
-            width = part.answers.stop
-            found.append(model(*inputs, width, *further))
+            found.append(model(*part.inputs, *further, begins=part.begins))
             device.step_done()
     return together(found, parts, answer_width)
 

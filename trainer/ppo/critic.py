@@ -73,12 +73,12 @@ def values_learnt(
     mask, width = rollout.answer_mask, rollout.answer_width
     share = token_share(mask, settings)
     total = torch.zeros((), device=device.torch)
-    parts = micro_batches(rollout.attention_mask, width, settings, device)
+    texts = (rollout.sequences, rollout.attention_mask, width)
+    parts = micro_batches(*texts, settings, device)
     found, applied = [], True
     for part in parts:
-        rows, columns, answers = part.rows, part.columns, part.answers
-        texts = (rollout.sequences[rows, columns], rollout.attention_mask[rows, columns])
-        values = critic(*texts, answers.stop)[:, :-1]
+        rows, answers = part.rows, part.answers
+        values = critic(*part.inputs, begins=part.begins)[:, :-1]
         old, valid = values.detach(), mask[rows, answers]
         _, returns = formulas.advantages_and_returns(
             token_rewards[rows, answers], old, valid, settings.ppo.gamma, settings.ppo.gae_lambda

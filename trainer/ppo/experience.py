@@ -14,7 +14,7 @@ from hlrlhf.trainer import formulas
 from hlrlhf.trainer.device import Device
 from hlrlhf.trainer.models.forwards import Placed
 from hlrlhf.trainer.models.roles import Models
-from hlrlhf.trainer.ppo.batches import micro_batches, outputs
+from hlrlhf.trainer.ppo.batches import MicroBatch, micro_batches, outputs
 from hlrlhf.trainer.ppo.critic import Learnt, values_learnt
 from hlrlhf.trainer.ppo.rewards import Rewards
 from hlrlhf.trainer.ppo.rollout import Rollout
@@ -65,17 +65,18 @@ class Experience:
         for part in zip(*parts, strict=True):
             yield replace(self, **dict(zip(tensors, part, strict=True)))
 
-    def micro_batches(self, settings: Settings, device: Device) -> list[Experience]:
-        """The rows as `batches.micro_batches` gives them to the models."""
+    def micro_batches(
+        self, settings: Settings, device: Device
+    ) -> list[tuple[MicroBatch, Experience]]:
+        """Texts as models are given them, and what is known of their answers, as wide as these."""
+        texts = (self.sequences, self.attention_mask, self.answer_width)
         found = []
-        for part in micro_batches(self.attention_mask, self.answer_width, settings, device):
+        for part in micro_batches(*texts, settings, device):
             tensors: dict[str, Any] = {}
             for name, values in self.tensors().items():
-                whole_texts = name in ("sequences", "attention_mask")
-                columns = part.columns if whole_texts else part.answers
-                places = (part.rows, columns) if values.ndim == 2 else part.rows
-                tensors[name] = values[places]
-            found.append(replace(self, **tensors))
+                of_answers = values.shape == self.answer_mask.shape
+                tensors[name] = values[(part.rows, part.answers) if of_answers else part.rows]
+            found.append((part, replace(self, **tensors)))
         return found
 
 

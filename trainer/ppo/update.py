@@ -11,7 +11,7 @@ from hlrlhf.trainer import formulas
 from hlrlhf.trainer.models import engine
 from hlrlhf.trainer.models.roles import Models
 from hlrlhf.trainer.ppo import critic as critics
-from hlrlhf.trainer.ppo.batches import token_share
+from hlrlhf.trainer.ppo.batches import MicroBatch, token_share
 from hlrlhf.trainer.ppo.experience import Experience
 from hlrlhf.trainer.ppo.pretraining import Mix
 
@@ -44,8 +44,8 @@ def update(
             share = token_share(minibatch.answer_mask, settings)
             micros = minibatch.micro_batches(settings, device)
             # One model after the other, so that the gradients of one at a time take up memory.
-            for micro in micros:
-                parts = _policy_loss(actor, micro, settings)
+            for part, micro in micros:
+                parts = _policy_loss(actor, part, micro, settings)
                 applied &= engine.descend(actor, parts.loss * share)
                 device.step_done()
                 policy += torch.stack(parts).detach()
@@ -56,8 +56,8 @@ def update(
                     texts += seen
             if models.average is not None and actor.was_step_applied():
                 models.average.update()
-            for micro in micros if experience.learnt is None else ():
-                learnt = _teach(critic, micro, share, settings)
+            for part, micro in micros if experience.learnt is None else ():
+                learnt = _teach(critic, part, micro, share, settings)
                 device.step_done()
                 values += learnt.loss
                 applied &= learnt.applied
@@ -71,7 +71,7 @@ def update(
 
 
 def _policy_loss(
-    actor: DeepSpeedEngine, micro: Experience, settings: Settings
+    actor: DeepSpeedEngine, part: MicroBatch, micro: Experience, settings: Settings
 ) -> formulas.PolicyLoss:
     def loss(logprobs: Tensor, columns: slice) -> Tensor:
         old, advantages, mask = (
@@ -87,13 +87,17 @@ def _policy_loss(
         return torch.stack(sums._replace(ratio=apart.ratio, kl=apart.kl))
 
     temperature = settings.generation.temperature
-    sums = actor(micro.sequences, micro.attention_mask, micro.answer_width, temperature, loss)
+    sums = actor(*part.inputs, temperature, loss, begins=part.begins)
     return formulas.PolicyLoss(*sums)
 
 
 def _teach(
-    critic: DeepSpeedEngine, micro: Experience, share: Tensor, settings: Settings
+    critic: DeepSpeedEngine,
+    part: MicroBatch,
+    micro: Experience,
+    share: Tensor,
+    settings: Settings,
 ) -> critics.Learnt:
-    values = critic(micro.sequences, micro.attention_mask, micro.answer_width)[:, :-1]
+    values = critic(*part.inputs, begins=part.begins)[:, :-1]
     known = (micro.values, micro.returns, micro.answer_mask)
     return critics.descend(critic, values, *known, share, settings)

@@ -137,7 +137,7 @@ def test_scalars_are_made_in_fp32_of_bf16_states(tmp_path: Path) -> None:
 
     (hidden,) = states
     assert hidden.dtype == torch.bfloat16
-    expected = (hidden.double() @ scorer.head.weight.double().T).squeeze(-1)
+    expected = (hidden[:, -3:].double() @ scorer.head.weight.double().T).squeeze(-1)
     # Of products of 8-bit numbers; fp32 rounds their sum of 32 in 2^-24 each. bf16 would in 2^-9.
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=32 * 2**-24 * 64)
     assert (found != found.bfloat16()).any()
@@ -416,7 +416,7 @@ def test_an_update_makes_logits_once_and_nothing_else_of_their_size(
     with Made() as made:
         policy(*inputs).sum().backward()
 
-    assert [each for each in made.sizes if each >= size] == [2 * 61 * 512]
+    assert [each for each in made.sizes if each >= size] == [size]
 
 
 def weighed(logprobs: Any, columns: slice) -> Any:
@@ -501,9 +501,7 @@ def test_a_loss_in_chunks_takes_no_more_products_and_holds_the_logits_of_a_chunk
     with Made() as scoring, torch.no_grad():
         policy(*inputs)
 
-    # All at once, the logits of one column more are made, which predict nothing.
-    column = 3 * 2 * 2 * 512 * 32
-    assert products[1] == products[0] - column
+    assert products[1] == products[0]
     for made in (training, scoring):
         assert max(made.sizes) < size
         assert made.sizes.count(size // 4) == 4

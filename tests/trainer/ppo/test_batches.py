@@ -31,26 +31,36 @@ TOLERANCE = 2e-4
 # The longest prompt, which has no padding, gets the shortest answer.
 PROMPTS = [[1, 30], [1, 5, 6, 7, 8, 9, 10, 11], [1, 11, 12], [1, 4], [1, 20, 21, 22, 23], [1, 9]]
 ANSWERS = [[7, 8, EOS], [EOS], [13, 14, 15, 16, EOS], [9, EOS], [20, 21, 22, 23, 24, 25], [8, EOS]]
-# Of the sorted rows: 11 and 9 tokens, 8 and 5, 4 and 4; prompts and answers as wide as the longest.
+# Of the sorted rows: 11 and 9 tokens, 8 and 5, 4 and 4; texts and answers as wide as the longest.
 ROWS = [[4, 1], [2, 0], [3, 5]]
-WIDTHS = [(8, 6), (3, 5), (2, 2)]
+WIDTHS = [(11, 6), (8, 5), (4, 2)]
 
 
 def cut(prompts: list[int], answers: list[int], *flags: str, multiple: int = 1) -> Any:
-    """Rows, and widths of prompts and answers, of each micro batch of texts of these lengths."""
-    ended = [[5] * (n - 1) + [EOS] for n in answers]
-    rolled_out = tiny.rolled_out([[1] * n for n in prompts], ended)
+    """Rows, and widths of texts and answers, of each micro batch of texts of these lengths."""
+    texts = [list(range(10, 10 + n)) for n in prompts]
+    ended = [[*range(30, 29 + n), EOS] for n in answers]
+    rolled_out = tiny.rolled_out(texts, ended)
     settings = tiny.settings(*flags)
     device = tiny.cpu(settings)
     device.pad_to = multiple
-    mask, width = rolled_out.attention_mask, rolled_out.answer_width
-    found = batches.micro_batches(mask, width, settings, device)
-    before = mask.shape[1] - width
+    whole = (rolled_out.sequences, rolled_out.attention_mask, rolled_out.answer_width)
+    found = batches.micro_batches(*whole, settings, device)
     for part in found:
-        assert mask[part.rows, part.columns].sum() == mask[part.rows].sum(), "no token is cut off"
-        assert part.columns.stop - before == part.answers.stop
-    rows = [part.rows.tolist() for part in found]
-    return rows, [(before - part.columns.start, part.answers.stop) for part in found]
+        rows = part.rows.tolist()
+        assert part.begins.tolist() == [prompts[row] for row in rows]
+        for row, tokens in zip(rows, part.sequences.tolist(), strict=True):
+            text = texts[row] + ended[row]
+            assert tokens[: len(text)] == text, "no token is cut off"
+        # Columns without a place in the text have to be masked where there may be too many.
+        ends = [prompts[row] + answers[row] for row in rows]
+        mask = [[int(column < end) for column in range(part.sequences.shape[1])] for end in ends]
+        given = part.attention_mask
+        assert given is None if multiple == 1 else given.tolist() == mask
+    return (
+        [part.rows.tolist() for part in found],
+        [(part.sequences.shape[1], part.answers.stop) for part in found],
+    )
 
 
 LENGTHS = ([len(prompt) for prompt in PROMPTS], [len(answer) for answer in ANSWERS])
@@ -97,19 +107,19 @@ def test_rows_of_like_length_share_a_micro_batch_as_wide_as_their_texts() -> Non
 def test_untrimmed_rows_come_in_order_and_as_wide_as_the_rollout() -> None:
     found = cut(*LENGTHS, "mbs=2", "gbs=6", "ppo.trim=false")
 
-    assert found == ([[0, 1], [2, 3], [4, 5]], [(8, 6)] * 3)
+    assert found == ([[0, 1], [2, 3], [4, 5]], [(14, 6)] * 3)
 
 
 def test_widths_are_multiples_of_the_devices_as_far_as_there_are_columns() -> None:
     _, widths = cut(*LENGTHS, "mbs=2", "gbs=6", multiple=4)
 
-    assert widths == [(8, 6), (4, 6), (4, 4)]
+    assert widths == [(12, 6), (8, 6), (4, 4)]
 
 
 def test_answers_are_not_cut_where_ranks_compute_their_chunks_together() -> None:
     flags = ("mbs=2", "gbs=6", "ppo.logprob_chunk=2")
 
-    assert cut(*LENGTHS, *flags, "actor.zero_stage=3") == (ROWS, [(8, 6), (3, 6), (2, 6)])
+    assert cut(*LENGTHS, *flags, "actor.zero_stage=3") == (ROWS, [(11, 6), (8, 6), (4, 6)])
     assert cut(*LENGTHS, *flags, "actor.zero_stage=2") == (ROWS, WIDTHS)
 
 
@@ -128,12 +138,14 @@ def test_any_lengths(lengths: list[tuple[int, int]], size: int, multiple: int) -
     assert [len(some) for some in rows[:-1]] == [size] * (math.ceil(len(lengths) / size) - 1)
     whole = [sum(lengths[row]) for some in rows for row in some]
     assert whole == sorted(whole, reverse=True)
+    texts = [sum(both) for both in lengths]
+    most = (max(prompts) + max(answers), max(answers))
     for some, found in zip(rows, widths, strict=True):
-        for width, every in zip(found, (prompts, answers), strict=True):
+        for width, every, full in zip(found, (texts, answers), most, strict=True):
             longest = max(every[row] for row in some)
-            assert longest <= width <= max(every)
+            assert longest <= width <= full
             assert width < longest + multiple
-            assert width % multiple == 0 or width == max(every)
+            assert width % multiple == 0 or width == full
 
 
 class Models:
@@ -154,8 +166,7 @@ class Models:
 
     def _noting(self, name: str) -> Any:
         def note(_: Any, inputs: Any) -> None:
-            width = inputs[2]
-            self.seen.setdefault(name, []).append((inputs[0].shape[1] - width, width))
+            self.seen.setdefault(name, []).append((inputs[0].shape[1], inputs[2]))
 
         return note
 
@@ -179,7 +190,7 @@ def test_all_models_read_narrow_batches_and_say_the_same(tmp_path: Path, archite
     models = Models(tmp_path, architecture)
     rolled_out = tiny.rolled_out(PROMPTS, ANSWERS)
     expected = models.score(rolled_out, "ppo.trim=false")
-    assert models.seen == dict.fromkeys(("reference", "actor", "critic", "reward"), [(8, 6)] * 3)
+    assert models.seen == dict.fromkeys(("reference", "actor", "critic", "reward"), [(14, 6)] * 3)
     models.seen.clear()
 
     found = models.score(rolled_out)
@@ -210,7 +221,8 @@ def test_an_update_takes_the_rows_of_a_minibatch_in_narrow_batches(tmp_path: Pat
 
     update(found, tiny.models(actor, critic), None, settings)
 
-    widths = [(len(prompt), len(answer)) for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)]
+    both = zip(PROMPTS, ANSWERS, strict=True)
+    widths = [(len(prompt) + len(answer), len(answer)) for prompt, answer in both]
     # Three rows make a minibatch, whose longest comes first.
     expected = [widths[row] for row in (1, 2, 0, 4, 3, 5)]
     assert models.seen == {"actor": expected, "critic": expected}
