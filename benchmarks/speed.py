@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import random
@@ -43,6 +44,8 @@ from hlrlhf.settings import layers
 ROOT = Path(__file__).parents[1]
 HLRLHF = Path(sys.executable).with_name("hlrlhf")
 PROMPTS, SHORTEST, LONGEST, ANSWER = 256, 62, 120, 128
+# As in chats: a prompt may be twenty times as long as another, and most are short.
+VARIED = 12, 250
 PHASES = ("generate_seconds", "score_seconds", "update_seconds")
 
 
@@ -101,6 +104,12 @@ COMPILED = Side("hlrlhf, compiled step", {"generation.decoder": "compiled"})
 UNCOLLECTED = Side("TRL without gc.collect", trl=("--without-collections",))
 # 500 of 32,000 words end an answer: after 55 on average, of at most 128.
 EARLY = Side("ended early", {"actor.model_path": "early"})
+# TRL's has one end token and samples to the limit, as a batch does in which one answer gets there.
+DIFFERENT = {
+    "actor.model_path": "early",
+    "dataset.path": "varied.jsonl",
+    "dataset.max_prompt_tokens": VARIED[1],
+}
 ALONE = Side("adapters alone", {"lora.dim": 64, "only_optimize_lora": True})
 TWO = {"devices_per_node": 2}
 WORKLOADS = {
@@ -108,6 +117,9 @@ WORKLOADS = {
     "bloom-250k-2x4": Workload("bloom-250k", 2, 4, OURS, TRL),
     "llama-512-4x1": Workload("llama-512", 4, 1, OURS, TRL),
     "llama-64-4x1": Workload("llama-64", 4, 1, OURS, UNCOLLECTED),
+    "llama-512-varied": Workload(
+        "llama-512", 4, 4, Side("hlrlhf", DIFFERENT), Side("TRL", DIFFERENT, trl=())
+    ),
     "llama-512-2x4-compiled": Workload("llama-512", 2, 4, COMPILED, TRL),
     "llama-512-4x1-compiled": Workload("llama-512", 4, 1, COMPILED, TRL),
     "llama-64-4x1-compiled": Workload("llama-64", 4, 1, COMPILED, UNCOLLECTED),
@@ -127,8 +139,8 @@ def make(folder: Path, name: str) -> None:
     """Models of a shape with random weights, their tokenizer, and prompts of its words."""
     folder.mkdir(parents=True)
     config = SHAPES[name]
-    words = {f"w{number}": number for number in range(config.vocab_size)}
-    plain = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    vocabulary = {f"w{number}": number for number in range(config.vocab_size)}
+    plain = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
     plain.pre_tokenizer = pre_tokenizers.Whitespace()
     end, padding = f"w{config.vocab_size - 1}", f"w{config.vocab_size - 2}"
     tokenizer = PreTrainedTokenizerFast(
@@ -148,11 +160,13 @@ def make(folder: Path, name: str) -> None:
             model.save_pretrained(folder / "early")
             tokenizer.save_pretrained(folder / "early")
     draw = random.Random(1)
-    with (folder / "prompts.jsonl").open("w", encoding="utf-8") as file:
-        for _ in range(PROMPTS):
-            length = draw.randint(SHORTEST, LONGEST)
-            prompt = " ".join(f"w{draw.randrange(config.vocab_size - 2)}" for _ in range(length))
-            file.write(json.dumps({"prompt": prompt}) + "\n")
+    alike = [draw.randint(SHORTEST, LONGEST) for _ in range(PROMPTS)]
+    varied = [round(math.exp(draw.uniform(*map(math.log, VARIED)))) for _ in range(PROMPTS)]
+    for file, lengths in (("prompts.jsonl", alike), ("varied.jsonl", varied)):
+        with (folder / file).open("w", encoding="utf-8") as lines:
+            for length in lengths:
+                words = (f"w{draw.randrange(config.vocab_size - 2)}" for _ in range(length))
+                lines.write(json.dumps({"prompt": " ".join(words)}) + "\n")
 
 
 def given(workload: Workload, side: Side, folder: Path, tag: str, steps: int) -> list[str]:
@@ -175,11 +189,12 @@ def given(workload: Workload, side: Side, folder: Path, tag: str, steps: int) ->
         "critic.learning_rate": 1e-6,
         "actor.model_path": "actor",
         "critic.model_path": models / "critic",
-        "dataset.path": models / "prompts.jsonl",
+        "dataset.path": "prompts.jsonl",
         "dataset.max_prompt_tokens": LONGEST,
         "generation.max_new_tokens": ANSWER,
     } | side.flags
-    values["actor.model_path"] = models / values["actor.model_path"]
+    for name in ("actor.model_path", "dataset.path"):
+        values[name] = models / values[name]
     values["gbs"] = micro * workload.accumulation * values["devices_per_node"]
     return [f"{name}={value}" for name, value in values.items()]
 
