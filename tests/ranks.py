@@ -6,6 +6,7 @@ of the demo's size; everything after the imports is what ``python -m hlrlhf.trai
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -16,7 +17,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from hlrlhf.settings import layers
 # Of each rank; `make test-portable` takes more.
 THREADS = os.environ.get("HLRLHF_TEST_THREADS", "1")
 
+_turn = itertools.count()
 _LIMIT = 240  # seconds; a run of these takes some five
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(["torch", "datasets", "deepspeed", "hlrlhf.trainer.loop"])
@@ -115,6 +117,16 @@ def variables(rank: int, ranks: int, port: int) -> dict[str, str]:
     }
 
 
+def meeting_port() -> AbstractContextManager[int]:
+    """A port for ranks to meet at, another one each time.
+
+    Not the default one: ranks that a killed launcher leaves behind take it, a moment after that
+    launcher's claim has gone with it.
+    """
+    wanted = 61000 + (os.getpid() * 101 + next(_turn)) % 4500
+    return rendezvous_port(wanted, keep=False, seed=threading.get_native_id())
+
+
 @contextmanager
 def running(
     directory: Path,
@@ -123,7 +135,7 @@ def running(
     **environ: str,
 ) -> Iterator[list[Any]]:
     """The processes of a run while it goes on; leaving the context ends those that still do."""
-    with rendezvous_port(29500, keep=False, seed=threading.get_native_id()) as free:
+    with meeting_port() as free:
         processes = []
         for rank in range(ranks):
             own = variables(rank, ranks, port or free) | environ
@@ -167,7 +179,7 @@ def train(directory: Path, ranks: int = 1, port: int | None = None, **environ: s
 def together(ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """What a function of a test module returns on each of several ranks that have met."""
     results = _processes.Queue()
-    with rendezvous_port(29500, keep=False, seed=threading.get_native_id()) as port:
+    with meeting_port() as port:
         processes = [
             _processes.Process(
                 target=_call, args=(variables(rank, ranks, port), function, arguments, results)

@@ -21,7 +21,7 @@ import pytest
 import tiny
 import torch
 from peft import PeftModel
-from ranks import Run, finish, prepare, read_lines, running, train, wait_for
+from ranks import Run, finish, meeting_port, prepare, read_lines, running, train, wait_for
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -32,7 +32,6 @@ from transformers import (
 
 from hlrlhf import runs
 from hlrlhf.jobs import local
-from hlrlhf.jobs.ports import rendezvous_port
 from hlrlhf.runs import Attempt
 from hlrlhf.settings import layers
 from hlrlhf.trainer.models.loading import load_scorer, saved_as
@@ -714,7 +713,7 @@ def test_by_hand_under_torchrun_on_a_terminal_and_without_a_compiler(
     home.mkdir()
     terminal, side = pty.openpty()
     fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("4H", 24, 120, 0, 0))
-    with rendezvous_port(29500, keep=False, seed=os.getpid()) as port:
+    with meeting_port() as port:
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
         command += [f"--master-port={port}", "-m", "hlrlhf.trainer", str(tmp_path)]
         environ = {
