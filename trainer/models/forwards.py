@@ -230,8 +230,10 @@ class Scorer(nn.Module):
         classifier = unwrapped(self.classifier)
         backbone = getattr(classifier, classifier.base_model_prefix)
         inputs = _inputs(self._arguments, sequences, attention_mask)
-        scores: Tensor = (head or self.head)(backbone(**inputs).last_hidden_state).squeeze(-1)
-        return scores.gather(1, _places(sequences, answer_width, begins))
+        places = _places(sequences, answer_width, begins)
+        hidden = _at(places, backbone(**inputs).last_hidden_state)
+        scores: Tensor = (head or self.head)(hidden).squeeze(-1)
+        return scores
 
 
 class Parameters(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,10 +37,10 @@ class MicroBatch:
     begins: Tensor
     answers: slice
 
-    @property
-    def inputs(self) -> tuple[Tensor, Tensor | None, int]:
-        """What a model is called with, beside `begins`."""
-        return self.sequences, self.attention_mask, self.answers.stop
+    def through(self, model: Placed, *further: Any) -> Tensor:
+        """What a model says of the answers, with further arguments of its ``forward``."""
+        texts = (self.sequences, self.attention_mask, self.answers.stop)
+        return model(*texts, *further, begins=self.begins)
 
 
 def micro_batches(
@@ -128,7 +129,7 @@ def outputs(
     prepared = Prepared(device)
     with ready(), gathered(model), prepared.of(model.module, settings.mbs):
         for part in parts:
-            found.append(model(*part.inputs, *further, begins=part.begins))
+            found.append(part.through(model, *further))
             device.step_done()
     return together(found, parts, answer_width)
 

@@ -73,12 +73,11 @@ def values_learnt(
     mask, width = rollout.answer_mask, rollout.answer_width
     share = token_share(mask, settings)
     total = torch.zeros((), device=device.torch)
-    texts = (rollout.sequences, rollout.attention_mask, width)
-    parts = micro_batches(*texts, settings, device)
+    parts = micro_batches(rollout.sequences, rollout.attention_mask, width, settings, device)
     found, applied = [], True
     for part in parts:
         rows, answers = part.rows, part.answers
-        values = critic(*part.inputs, begins=part.begins)[:, :-1]
+        values = part.through(critic)[:, :-1]
         old, valid = values.detach(), mask[rows, answers]
         _, returns = formulas.advantages_and_returns(
             token_rewards[rows, answers], old, valid, settings.ppo.gamma, settings.ppo.gae_lambda

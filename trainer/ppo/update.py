@@ -86,9 +86,7 @@ def _policy_loss(
         apart = formulas.policy_loss(logprobs.detach(), old, *rest)
         return torch.stack(sums._replace(ratio=apart.ratio, kl=apart.kl))
 
-    temperature = settings.generation.temperature
-    sums = actor(*part.inputs, temperature, loss, begins=part.begins)
-    return formulas.PolicyLoss(*sums)
+    return formulas.PolicyLoss(*part.through(actor, settings.generation.temperature, loss))
 
 
 def _teach(
@@ -98,6 +96,6 @@ def _teach(
     share: Tensor,
     settings: Settings,
 ) -> critics.Learnt:
-    values = critic(*part.inputs, begins=part.begins)[:, :-1]
+    values = part.through(critic)[:, :-1]
     known = (micro.values, micro.returns, micro.answer_mask)
     return critics.descend(critic, values, *known, share, settings)
