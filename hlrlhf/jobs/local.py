@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
+import functools
 import os
 import platform
 import selectors
@@ -26,6 +28,7 @@ from hlrlhf.settings.layers import Resolved
 from hlrlhf.settings.schema import Settings
 
 _LOOK = 0.1  # seconds between looks at whether a rank has ended
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 def check(resolved: Resolved) -> None:
@@ -218,6 +221,7 @@ class _Ranks:
             stderr=subprocess.STDOUT,
             bufsize=0,
             start_new_session=True,
+            preexec_fn=functools.partial(_end_with, os.getpid(), ctypes.CDLL(None)),
         )
         self._processes.append(process)
         assert process.stdout is not None
@@ -274,6 +278,17 @@ class _Ranks:
                 sys.stderr.buffer.write(text)
                 sys.stderr.flush()
         return bool(ready)
+
+
+def _end_with(launcher: int, libc: ctypes.CDLL) -> None:
+    """In a rank, before its program begins: have Linux end it once the launcher has ended.
+
+    A launcher that is killed can end nobody. Its ranks would train on beside those of the next
+    attempt, on the same devices, and take the port that the launcher's end has left free.
+    """
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != launcher:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 class _Lines:

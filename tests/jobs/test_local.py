@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -202,6 +204,24 @@ def test_a_second_signal_ends_them(
     until(lambda: log.read_text().count("stopping") == 2, "the ranks' own end")
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=30) == 128 + signal.SIGKILL
+
+
+def test_nor_does_one_outlive_a_killed_launcher(
+    directory: Path, launcher: Callable[[str], subprocess.Popen[bytes]]
+) -> None:
+    """It would train beside the ranks of the next attempt, on their devices and on their port."""
+    process = launcher("print('ready', os.getpid(), flush=True)\nsignal.pause()")
+    words = (directory / "logs" / "local.0.log").read_text().split()
+    ranks = [os.pidfd_open(int(word)) for word in words if word.isdigit()]
+    process.kill()
+    process.wait()
+    try:
+        until(lambda: set(select.select(ranks, [], [], 0)[0]) == set(ranks), "the ranks' end")
+    finally:
+        for rank in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(rank, signal.SIGKILL)
+            os.close(rank)
 
 
 def test_the_lock_says_that_the_launcher_lives(directory: Path, start: Start) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -90,7 +91,9 @@ def test_out_of_time_a_run_stops_by_itself_and_not_for_ever(
     assert "not started again: it was attempt 2 of 2 (slurm.max_attempts)" in state.reason
 
 
-def test_here_a_run_of_the_clusters_goes_on_and_after_ctrl_c_once_more(start_demo: Start) -> None:
+def test_here_a_run_of_the_clusters_goes_on_after_ctrl_c_and_a_killed_launcher_too(
+    start_demo: Start,
+) -> None:
     run = start_demo("here", ENDLESS)
     hlrlhf("cancel", "--save", "here")
     done = len(steps(run))
@@ -99,10 +102,18 @@ def test_here_a_run_of_the_clusters_goes_on_and_after_ctrl_c_once_more(start_dem
         until(lambda: len(steps(run)) > done, "the next step", 120)
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 75
-    again, last = len(steps(run)), shortened(run)
+    again = len(steps(run))
     assert again > done
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        until(lambda: len(steps(run)) > again, "the next step", 120)
+        rank = os.pidfd_open(rank_of(run))
+        process.kill()
+    until(lambda: select.select([rank], [], [], 0)[0], "the rank's end")
+    os.close(rank)
+    assert look([run])[0].reason == "the launcher was killed"
+    last = shortened(run)
     said = hlrlhf("resume", "--local", "here").stderr
     assert f"the run goes on after step {again}" in said
     assert steps(run) == list(range(1, last + 1))
     names = [path.name for path in sorted(run.logs.glob("local.*.exit"))]
-    assert names == ["local.0.exit", "local.1.exit"]
+    assert names == ["local.0.exit", "local.2.exit"], "the one that was killed has no word"
