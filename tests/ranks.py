@@ -120,8 +120,7 @@ def variables(rank: int, ranks: int, port: int) -> dict[str, str]:
 def meeting_port() -> AbstractContextManager[int]:
     """A port for ranks to meet at, another one each time.
 
-    Not the default one: ranks that a killed launcher leaves behind take it, a moment after that
-    launcher's claim has gone with it.
+    Whatever a test leaves behind, ranks of the next one meet elsewhere.
     """
     wanted = 61000 + (os.getpid() * 101 + next(_turn)) % 4500
     return rendezvous_port(wanted, keep=False, seed=threading.get_native_id())

@@ -40,7 +40,7 @@ def rendezvous_port(wanted: int, *, keep: bool, seed: int) -> Iterator[int]:
         if first and is_free(wanted):
             yield wanted
         else:
-            yield next(port for port in _others(seed) if is_free(port))
+            yield next(port for port in _others(seed) if port != wanted and is_free(port))
 
 
 @contextlib.contextmanager

@@ -266,6 +266,9 @@ def test_the_default_port_gives_way() -> None:
         assert first != second
         assert not low <= second <= high
         assert is_free(second)
+        # Where it would look first is what it must not take.
+        with rendezvous_port(second, keep=False, seed=2) as third:
+            assert third != second
     with socket.create_server(("127.0.0.1", 0)) as server:
         taken = server.getsockname()[1]
         with rendezvous_port(taken, keep=False, seed=1) as port:

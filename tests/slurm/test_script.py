@@ -733,28 +733,49 @@ def test_the_default_port_gives_way_to_a_listener(
     assert f"using {port}" in said
 
 
+@pytest.fixture
+def claimed() -> Iterator[None]:
+    """The default port belongs to a run that does not listen yet."""
+    with Path("/proc/self/ns/net").open() as namespace:
+
+        def claim() -> bool:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(namespace, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            return False
+
+        until(claim, "the end of another run on this machine", 240)
+        yield
+
+
+@pytest.mark.usefixtures("claimed")
 def test_two_jobs_on_a_node_take_different_ports(run_script: Run, tmp_path: Path) -> None:
     """Before either of them listens."""
-    with Path("/proc/self/ns/net").open() as namespace:
-        with contextlib.suppress(BlockingIOError):  # a real run of ours has it
-            fcntl.flock(namespace, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        ports = set()
-        for job in ("7", "8"):
-            found, _ = ranks_environment(run_script, tmp_path / job, [], SLURM_JOB_ID=job)
-            ports.add(int(found["MASTER_PORT"]))
+    ports = set()
+    for job in ("7", "8"):
+        found, _ = ranks_environment(run_script, tmp_path / job, [], SLURM_JOB_ID=job)
+        ports.add(int(found["MASTER_PORT"]))
     assert len(ports) == 2
     assert all(map(outside_the_ephemeral_range, ports))
 
 
+@pytest.mark.usefixtures("claimed")
 def test_a_requeued_job_tries_another_port(run_script: Run, tmp_path: Path) -> None:
-    with Path("/proc/self/ns/net").open() as namespace:
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(namespace, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        ports = {
-            ranks_environment(run_script, tmp_path, [], SLURM_RESTART_COUNT=count)[0]["MASTER_PORT"]
-            for count in ("0", "1")
-        }
+    ports = {
+        ranks_environment(run_script, tmp_path, [], SLURM_RESTART_COUNT=count)[0]["MASTER_PORT"]
+        for count in ("0", "1")
+    }
     assert len(ports) == 2
+
+
+@pytest.mark.usefixtures("claimed")
+def test_nor_does_one_that_looks_there_first_take_what_is_claimed(
+    run_script: Run, tmp_path: Path
+) -> None:
+    first_look = {"SLURM_JOB_ID": "2785", "SLURM_RESTART_COUNT": "5"}
+    assert 10000 + 2785 * 7 + 5 == 29500
+    found, _ = ranks_environment(run_script, tmp_path, [], **first_look)
+    assert found["MASTER_PORT"] != "29500"
 
 
 # --- templates of a site
