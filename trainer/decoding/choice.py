@@ -63,14 +63,15 @@ class Chosen:
         is_last = self._place == len(self._decoders) - 1
         if self._tried or is_last:
             return self._decoders[self._place](policy, prompts, witness)
-        failure = None
+        failure = ""
         try:
             with self.device.undrawn_on_error():
                 decoded = self._decoders[self._place](policy, prompts, witness)
         except Exception as error:  # whatever an architecture that does not fit runs into
-            failure = error
-        if agreed(failure is not None, self.device):
-            self.fall_back(f"{failure!r}" if failure else "it fails on another rank")
+            # Its words alone: it holds what the failed one has taken of the device's memory.
+            failure = repr(error)
+        if agreed(bool(failure), self.device):
+            self.fall_back(failure or "it fails on another rank")
             return self(policy, prompts, witness)
         self._tried = True
         return decoded

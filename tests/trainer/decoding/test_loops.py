@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -358,6 +359,29 @@ def test_what_it_cannot_sample_generate_does(
     assert "generation.decoder = generate is, which is slower" in told
     assert "no such cache" in told
     assert not decoder.fall_back("nothing is plainer")
+
+
+def test_what_failed_leaves_its_memory_to_what_comes_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have failed for want of it."""
+    caches: weakref.WeakSet[Broken] = weakref.WeakSet()
+    left = []
+
+    class Known(Broken):
+        def __init__(self, *arguments: Any):
+            caches.add(self)
+            super().__init__(*arguments)
+
+    class Looking(Plain):
+        def __call__(self, *arguments: Any) -> Any:
+            left.append(len(caches))
+            return super().__call__(*arguments)
+
+    monkeypatch.setattr(shrinking, "Growing", Known)
+    decoder = choice.Chosen(Shrinking(*how()), Looking(*how()))
+    rollout.generate(decoder, tiny.Engine(policy_of(tmp_path)), PROMPTS)
+    assert left == [0]
 
 
 def test_a_later_failure_is_not_taken_for_an_architecture_that_does_not_fit(
