@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
 
 # Beyond exp(20) a ratio says nothing more, and in fp32 it soon overflows.
 MAX_LOG_RATIO = 20.0
@@ -213,18 +214,19 @@ def advantages_and_returns(
         Advantages and returns, both [b, r], zero where the mask is false.
     """
     values = torch.where(mask, values, 0)
-    rewards = torch.where(mask, rewards, 0)
-    following = torch.zeros_like(values[:, 0])
-    advantage = torch.zeros_like(values[:, 0])
-    columns = []
-    for t in reversed(range(values.shape[1])):
-        delta = rewards[:, t] + gamma * following - values[:, t]
-        # Masked columns stand right of the answer, so here nothing has been added up yet.
-        advantage = (delta + gamma * gae_lambda * advantage) * mask[:, t]
-        following = values[:, t]
-        columns.append(advantage)
-    advantages = torch.stack(columns[::-1], dim=1)
+    advantages = torch.where(mask, rewards, 0) + gamma * _ahead(values, 1) - values
+    # Each is the sum of its own delta and those that follow, of twice as many after each round: an
+    # operation for a column each would take a device longer than what it computes.
+    columns = 1
+    while columns < values.shape[1]:
+        advantages = advantages + (gamma * gae_lambda) ** columns * _ahead(advantages, columns)
+        columns *= 2
     return advantages, advantages + values
+
+
+def _ahead(rows: Tensor, columns: int) -> Tensor:
+    """What stands so many columns to the right, [b, r]; zero beyond the end."""
+    return pad(rows[:, columns:], (0, columns))
 
 
 class PolicyLoss(NamedTuple):
