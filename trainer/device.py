@@ -23,6 +23,8 @@ from hlrlhf.trainer.errors import DeviceError, TrainerError
 from hlrlhf.trainer.kernels import Kernels, Layer
 from hlrlhf.trainer.pieces import Piece, Readable
 
+Step = Callable[[], None]
+
 
 class Device:
     """What a rank computes on.
@@ -113,12 +115,13 @@ class Device:
         """
         yield {}
 
-    def captured(self, step: Callable[[], None]) -> Callable[[], None]:
-        """A step that reads and writes the same memory each time, to be taken again and again.
+    def capturing(self) -> Callable[[Step], Step]:
+        """For one rollout: what makes its steps cheap to take again and again.
 
-        It asks for nothing that the device alone knows.
+        Each reads and writes the same memory each time, keeps nothing else, and asks for nothing
+        that the device alone knows.
         """
-        return step
+        return lambda step: step
 
     def products(
         self, weight: Tensor, bias: Tensor | None, rows: int
@@ -218,28 +221,10 @@ class Cuda(Device):
         torch.cuda.set_device(self.torch)
         self._random = self._sources(cuda=torch.cuda)
 
-    def captured(self, step: Callable[[], None]) -> Callable[[], None]:
-        """As a CUDA graph: a kernel is not launched from here any more, one after the other."""
-        graph: torch.cuda.CUDAGraph | None = None
-        is_warm = False
-
-        def take() -> None:
-            nonlocal graph, is_warm
-            if not is_warm:
-                # Libraries make room for themselves at a first call, which a graph cannot hold.
-                step()
-                is_warm = True
-                return
-            if graph is None:
-                captured = torch.cuda.CUDAGraph()
-                # Nothing is computed yet; and what other threads do meanwhile, such as NCCL's, is
-                # no part of it.
-                with torch.cuda.graph(captured, capture_error_mode="thread_local"):
-                    step()
-                graph = captured
-            graph.replay()
-
-        return take
+    def capturing(self) -> Callable[[Step], Step]:
+        # What they compute on the way may lie in the same memory: one is taken after the other.
+        pool = torch.cuda.graph_pool_handle()
+        return lambda step: _Captured(step, pool)
 
     def pinned(self, tensor: Tensor) -> Tensor:
         return tensor.pin_memory()
@@ -249,6 +234,53 @@ class Cuda(Device):
 
     def peak_memory(self) -> int:
         return torch.cuda.max_memory_allocated()
+
+
+class _Captured:
+    """A step as a CUDA graph: a kernel is not launched from here any more, one after the other.
+
+    Args:
+        step: see `Device.capturing`.
+        pool: of memory, see torch.cuda.graph_pool_handle.
+    """
+
+    def __init__(self, step: Step, pool: Any):
+        self._step = step
+        self._pool = pool
+        self._is_warm = False
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self) -> None:
+        if not self._is_warm:
+            # Libraries make room for themselves at a first call, which a graph cannot hold. And a
+            # capture that fails leaves torch's allocator and stream as they were in the middle of
+            # it: where something asks the device, which would fail it, that shows here.
+            plain, mode = torch.cuda.is_current_stream_capturing, torch.cuda.get_sync_debug_mode()
+            torch.cuda.is_current_stream_capturing = _ask_nothing
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                self._step()
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)
+                torch.cuda.is_current_stream_capturing = plain
+            self._is_warm = True
+            return
+        if self._graph is None:
+            graph = torch.cuda.CUDAGraph()
+            # Nothing is computed yet; and what other threads do meanwhile, such as NCCL's, is no
+            # part of it.
+            with torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"):
+                self._step()
+            self._graph = graph
+        self._graph.replay()
+
+
+def _ask_nothing() -> bool:
+    """In place of torch.cuda.is_current_stream_capturing: that a graph is captured.
+
+    transformers then asks no tensor for a number, as it else does of a mask, whether it is needed.
+    """
+    return True
 
 
 class Hpu(Device):

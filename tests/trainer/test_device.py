@@ -155,6 +155,29 @@ def test_cuda_needs_as_many_gpus_as_ranks(monkeypatch: pytest.MonkeyPatch) -> No
         device.select(settings_of(device="cuda", devices_per_node=4), 2)
 
 
+def test_what_asks_a_gpu_for_a_number_is_found_before_it_is_captured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A capture that fails would leave torch's memory and streams in the middle of it."""
+    modes: list[int | str] = [0]
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    plain = torch.cuda.is_current_stream_capturing
+
+    def step() -> None:
+        assert torch.cuda.is_current_stream_capturing(), "transformers asks nothing then"
+        assert modes == [0, "error"]
+        raise RuntimeError("called a synchronizing CUDA operation")
+
+    captured = device._Captured(step, None)
+    for _ in range(2):
+        modes[:] = [0]
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            captured()
+        assert modes[-1] == 0
+        assert torch.cuda.is_current_stream_capturing is plain
+
+
 def test_cpu_says_that_bf16_is_slow_where_it_is(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

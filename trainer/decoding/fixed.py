@@ -12,7 +12,7 @@ from hlrlhf.trainer.decoding import cache as caches
 from hlrlhf.trainer.decoding.base import Loop
 from hlrlhf.trainer.decoding.decoder import Decoded, Sampling, Witness
 from hlrlhf.trainer.decoding.draw import Draw
-from hlrlhf.trainer.device import Device
+from hlrlhf.trainer.device import Device, Step
 from hlrlhf.trainer.models import forwards
 from hlrlhf.trainer.models.forwards import Placed
 
@@ -36,7 +36,8 @@ class Fixed(Loop):
         prompt_width = ids.shape[1]
         stops = self._stops(prompt_width)
         answers = _Answers(policy, ids, prompt_mask, self.sampling, self.device)
-        steps: dict[int, Callable[[], None]] = {}
+        repeated = self._repeated()
+        steps: dict[int, Step] = {}
         for written in range(1, config.max_new_tokens + 1):
             end = prompt_width + written
             if written == 1:
@@ -44,7 +45,7 @@ class Fixed(Loop):
             else:
                 columns = min(answers.width, -(-end // BUCKET) * BUCKET)
                 if columns not in steps:
-                    steps[columns] = self._repeated(answers.step(columns))
+                    steps[columns] = repeated(answers.step(columns))
                 steps[columns]()
             self.device.step_done()
             if witness is not None:
@@ -59,9 +60,9 @@ class Fixed(Loop):
         sequences, logprobs = answers.sequences[:, :end], answers.logprobs[:, prompt_width:end]
         return Decoded(sequences, prompt_mask, self._ends(stops), logprobs)
 
-    def _repeated(self, step: Callable[[], None]) -> Callable[[], None]:
-        """A step as it is taken again and again."""
-        return self.device.captured(step)
+    def _repeated(self) -> Callable[[Step], Step]:
+        """What makes the steps of a rollout cheap to take again and again."""
+        return self.device.capturing()
 
 
 class Compiled(Fixed):
@@ -75,10 +76,10 @@ class Compiled(Fixed):
     name = "generation.decoder = compiled"
     compiled = True
 
-    def _repeated(self, step: Callable[[], None]) -> Callable[[], None]:
+    def _repeated(self) -> Callable[[Step], Step]:
         # The random numbers are torch's own, as without it; and no process stays to compile more.
         options: dict[str, Any] = {"fallback_random": True, "compile_threads": 1}
-        return torch.compile(step, fullgraph=True, dynamic=True, options=options)
+        return torch.compile(fullgraph=True, dynamic=True, options=options)
 
 
 class _Answers:
@@ -126,7 +127,7 @@ class _Answers:
         self.ended.logical_or_((drawn[:, None] == self._end_tokens).any(-1))
         self.goes_on.index_copy_(0, column, ~self.ended.all(0, keepdim=True))
 
-    def step(self, columns: int) -> Callable[[], None]:
+    def step(self, columns: int) -> Step:
         """Reads the last token, in sight of so many columns, and draws the next one."""
 
         def take() -> None:
