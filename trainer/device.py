@@ -318,6 +318,8 @@ class Hpu(Device):
             raise DeviceError("device = hpu, but the Gaudi bridge sees no device on this node")
         # torch's own manual_seed leaves the device's numbers as they are.
         self._random = self._sources(hpu=self._hpu.random)
+        # A number that is asked for cuts in two what lazy mode collects, and no graph can hold it.
+        torch.cuda.is_current_stream_capturing = _ask_nothing
         self._graphs = self._lazy and settings.enable_hpu_graphs
         self._optimum = _adapt_transformers()
         # Optimum's generate keeps shapes static in a way of its own.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.cache_utils import Cache, DynamicLayer
 
 
@@ -20,14 +21,12 @@ class _Layer(DynamicLayer):  # type: ignore[misc]
     def __init__(self, capacity: int):
         super().__init__()
         self._capacity = capacity
-        self._memory: list[Tensor] = []
+        self._memory: list[Tensor] = []  # of keys and of values, [b, heads, capacity, width]
 
-    def _make_room(self, *new: Tensor) -> None:
-        """For keys and for values, by the first ones [b, heads, n, width]."""
-        self._memory = [
-            states.new_zeros(*states.shape[:2], self._capacity, states.shape[3]) for states in new
-        ]
-        self.dtype, self.device = new[0].dtype, new[0].device
+    def _begin(self, *memory: Tensor) -> None:
+        """Keep what is coming in this memory."""
+        self._memory = list(memory)
+        self.dtype, self.device = memory[0].dtype, memory[0].device
         self.is_initialized = True
 
 
@@ -48,7 +47,8 @@ class GrowingLayer(_Layer):
         """Take in the next tokens' keys and values [b, heads, n, width]; all so far come back."""
         new = key_states, value_states
         if not self._memory:
-            self._make_room(*new)
+            shapes = [(*states.shape[:2], self._capacity, states.shape[3]) for states in new]
+            self._begin(*map(key_states.new_zeros, shapes))
         begin, rows = self._length, len(key_states)
         self._length += key_states.shape[2]
         for memory, states in zip(self._memory, new, strict=True):
@@ -97,15 +97,14 @@ class FixedLayer(_Layer):
     ) -> tuple[Tensor, Tensor]:
         """Take in the prompts', then one token's keys and values [b, heads, n, width]."""
         new = key_states, value_states
+        # Nothing is written to a part of a tensor, which an HPU graph cannot hold.
         if not self._memory:
-            self._make_room(*new)
-            for memory, states in zip(self._memory, new, strict=True):
-                memory[:, :, : states.shape[2]] = states
+            to_come = self._capacity - key_states.shape[2]
+            self._begin(*(pad(states, (0, 0, 0, to_come)) for states in new))
             return new
-        seen = [memory[:, :, : self.columns] for memory in self._memory]
-        for memory, states in zip(seen, new, strict=True):
+        for memory, states in zip(self._memory, new, strict=True):
             memory.index_copy_(2, self._column, states)
-        self.keys, self.values = seen
+        self.keys, self.values = (memory[:, :, : self.columns] for memory in self._memory)
         return self.keys, self.values
 
     def get_seq_length(self, *_: Any) -> Any:

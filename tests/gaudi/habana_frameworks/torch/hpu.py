@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from habana_frameworks import record
 from habana_frameworks.torch import LAZY
@@ -89,6 +90,20 @@ def reset_peak_memory_stats(_index: Any = None) -> None:
     """Nothing is counted."""
 
 
+class _Graph(TorchDispatchMode):
+    """What Gaudi's documentation says that a graph cannot hold is refused.
+
+    That is a number of a tensor's that is asked for, and writing to a part of a tensor.
+    """
+
+    def __torch_dispatch__(self, op: Any, types: Any, given: Any = (), named: Any = None) -> Any:
+        assert op.name() not in ("aten::_local_scalar_dense", "aten::nonzero"), "asks the device"
+        for argument, value in zip(op._schema.arguments, given, strict=False):
+            is_written = argument.alias_info is not None and argument.alias_info.is_write
+            assert not (is_written and value._is_view()), f"{op.name()} writes to a view"
+        return op(*given, **(named or {}))
+
+
 def wrap_in_hpu_graph(module: nn.Module) -> nn.Module:
     """Replace the module's forward, as the real one does; it refuses what a graph cannot hold."""
     assert LAZY, "HPU graphs need lazy mode"
@@ -99,7 +114,8 @@ def wrap_in_hpu_graph(module: nn.Module) -> nn.Module:
     def forward(*args: Any, **kwargs: Any) -> Any:
         assert not module.training, "training runs through a graph for inference"
         record("graph forward")
-        return plain(*args, **kwargs)
+        with _Graph():
+            return plain(*args, **kwargs)
 
     module.forward = forward  # type: ignore[method-assign]
     module.clear_cache = lambda: record("clear_cache")  # type: ignore[assignment]
