@@ -111,6 +111,7 @@ DIFFERENT = {
     "dataset.max_prompt_tokens": VARIED[1],
 }
 ALONE = Side("adapters alone", {"lora.dim": 64, "only_optimize_lora": True})
+HALF = Side("bf16", {"dtype": "bf16"})
 TWO = {"devices_per_node": 2}
 WORKLOADS = {
     "llama-512-2x4": Workload("llama-512", 2, 4, OURS, TRL),
@@ -125,6 +126,7 @@ WORKLOADS = {
     "llama-64-4x1-compiled": Workload("llama-64", 4, 1, COMPILED, UNCOLLECTED),
     "llama-512-early": Workload("llama-512", 2, 4, EARLY, OURS),
     "llama-512-adapters": Workload("llama-512", 2, 4, ALONE, OURS),
+    "llama-512-bf16": Workload("llama-512", 2, 4, HALF, OURS),
     "llama-64-zero3": Workload(
         "llama-64",
         4,

@@ -128,7 +128,7 @@ class Device:
     ) -> dict[str, Callable[[], Layer]]:
         """Other ways than torch's own to multiply a few rows with a layer's weights [out, in].
 
-        By name, each made on demand. They are of fp32, and without gradient.
+        By name, each made on demand. They are without gradient.
         """
         return {}
 
@@ -182,7 +182,9 @@ class Cpu(Device):
         self, weight: Tensor, bias: Tensor | None, rows: int
     ) -> dict[str, Callable[[], Layer]]:
         found: dict[str, Callable[[], Layer]] = {}
-        if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        if torch.backends.mkldnn.is_available() and (  # type: ignore[no-untyped-call]
+            weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        ):
             found["packed"] = lambda: _packed(weight, bias, rows)
         if (own := self.kernels) is not None:
             found["own"] = lambda: own.product(weight, bias, rows)

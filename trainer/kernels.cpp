@@ -32,29 +32,45 @@ enum { ROWS = 4, OUTS = 2 }; // in 8 of 16
 
 enum {
     WIDTH = sizeof(Lanes) / sizeof(float),
-    AHEAD = 512, // floats
+    AHEAD = 2048, // bytes
 };
 
 typedef int Whole LANES(WIDTH);
+
+// A float of bf16 is the upper half of one of fp32.
+typedef unsigned short Half;
+typedef Half Halves __attribute__((vector_size(2 * WIDTH), aligned(2), may_alias));
+
+static inline Lanes lanes(const float *at) { return *(const Lanes *)at; }
+static inline Lanes lanes(const Half *at) {
+    return (Lanes)(__builtin_convertvector(*(const Halves *)at, Whole) << 16);
+}
+
+static inline float single(float number) { return number; }
+static inline float single(Half number) {
+    union { unsigned bits; float number; } whole = {(unsigned)number << 16};
+    return whole.number;
+}
 
 // Products.
 
 // A tile of the product: so many rows [in] times so many weights [in], into y [out]. The weights are
 // `apart` of one another, so that each is the next one of those that the tile before has read.
-template <int rows, int outs>
-static inline void tile(const float *x, const float *weights, const float *bias, float *y, long in,
+template <int rows, int outs, typename Weight>
+static inline void tile(const float *x, const Weight *weights, const float *bias, float *y, long in,
                         long out, long apart) {
     Lanes sums[rows][outs] = {};
     long k = 0;
     for (; k + WIDTH <= in; k += WIDTH) {
         Lanes read[outs];
         for (int o = 0; o < outs; o++) {
-            const float *at = weights + o * apart * in + k;
-            __builtin_prefetch(at + AHEAD); // beyond the last ones it is no more than a wish
-            read[o] = *(const Lanes *)at;
+            const Weight *at = weights + o * apart * in + k;
+            // Beyond the last ones it is no more than a wish.
+            __builtin_prefetch((const char *)at + AHEAD);
+            read[o] = lanes(at);
         }
         for (int r = 0; r < rows; r++) {
-            const Lanes own = *(const Lanes *)(x + r * in + k);
+            const Lanes own = lanes(x + r * in + k);
             for (int o = 0; o < outs; o++)
                 sums[r][o] += own * read[o];
         }
@@ -63,15 +79,15 @@ static inline void tile(const float *x, const float *weights, const float *bias,
         for (int o = 0; o < outs; o++) {
             float sum = total(sums[r][o]);
             for (long rest = k; rest < in; rest++)
-                sum += x[r * in + rest] * weights[o * apart * in + rest];
+                sum += x[r * in + rest] * single(weights[o * apart * in + rest]);
             y[r * out + o * apart] = bias ? sum + bias[o * apart] : sum;
         }
     }
 }
 
 // All rows, at most so many at a time, times so many weights, which stay in a processor's own cache.
-template <int most, int outs>
-static inline void strip(const float *x, const float *weights, const float *bias, float *y,
+template <int most, int outs, typename Weight>
+static inline void strip(const float *x, const Weight *weights, const float *bias, float *y,
                          long rows, long in, long out, long apart) {
     for (; rows >= most; rows -= most, x += most * in, y += most * out)
         tile<most, outs>(x, weights, bias, y, in, out, apart);
@@ -80,8 +96,9 @@ static inline void strip(const float *x, const float *weights, const float *bias
 }
 
 // Rows x [rows, in] times weights [out, in], transposed, and a bias [out] or none: y [rows, out].
-extern "C" void multiply(const float *x, const float *weights, const float *bias, float *y,
-                         long rows, long in, long out) {
+template <typename Weight>
+static void multiply(const float *x, const Weight *weights, const float *bias, float *y, long rows,
+                     long in, long out) {
     // As many streams of weights, each of which lies in one piece.
     const long stream = out / OUTS;
 #pragma omp parallel for schedule(static)
@@ -113,23 +130,24 @@ static inline Lanes exponential(Lanes x) {
 }
 
 // So many lanes of the values [n, width] at `values`, each value times its weight, over `sum`.
-template <int lanes>
-static inline void mixed(const float *values, const float *weights, float sum, float *y, long n,
+template <int count, typename Held>
+static inline void mixed(const Held *values, const float *weights, float sum, float *y, long n,
                          long width) {
-    Lanes sums[lanes] = {};
+    Lanes sums[count] = {};
     for (long i = 0; i < n; i++) {
         if (weights[i] == 0)
             continue;
-        for (int l = 0; l < lanes; l++)
-            sums[l] += *(const Lanes *)(values + i * width + l * WIDTH) * weights[i];
+        for (int l = 0; l < count; l++)
+            sums[l] += lanes(values + i * width + l * WIDTH) * weights[i];
     }
-    for (int l = 0; l < lanes; l++)
+    for (int l = 0; l < count; l++)
         *(Lanes *)(y + l * WIDTH) = sums[l] / sum;
 }
 
 // One query [width] for one head's keys and values [n, width], of which it sees some, into y
 // [width]. There is room for n weights, and for as many more as make whole lanes.
-static void head(const float *query, const float *keys, const float *values, const bool *seen,
+template <typename Held>
+static void head(const float *query, const Held *keys, const Held *values, const bool *seen,
                  float *weights, float *y, long n, long width, float scale) {
     float top = -__builtin_inff();
     long i = 0;
@@ -139,7 +157,7 @@ static void head(const float *query, const float *keys, const float *values, con
             continue;
         Lanes sums = {};
         for (long k = 0; k < width; k += WIDTH)
-            sums += *(const Lanes *)(query + k) * *(const Lanes *)(keys + i * width + k);
+            sums += lanes(query + k) * lanes(keys + i * width + k);
         weights[i] = total(sums) * scale;
         top = weights[i] > top ? weights[i] : top;
     }
@@ -147,7 +165,7 @@ static void head(const float *query, const float *keys, const float *values, con
         weights[i] = -__builtin_inff();
     Lanes sums = {};
     for (long k = 0; k < n; k += WIDTH)
-        sums += *(Lanes *)(weights + k) = exponential(*(const Lanes *)(weights + k) - top);
+        sums += *(Lanes *)(weights + k) = exponential(lanes(weights + k) - top);
     const float sum = total(sums);
     long k = 0;
     for (; k + 4 * WIDTH <= width; k += 4 * WIDTH)
@@ -159,10 +177,11 @@ static void head(const float *query, const float *keys, const float *values, con
 // Queries [rows, heads, width] for keys and values [rows, heads / group, n, width], whose rows and
 // heads are so far apart, of which each row sees some [rows, n] or all, into y [rows, heads, width].
 // `weights` is room for [rows, heads, room].
-extern "C" void attend(const float *queries, const float *keys, const float *values,
-                       const bool *seen, float *weights, float *y, long rows, long heads,
-                       long group, long n, long width, long room, long keys_row, long keys_head,
-                       long values_row, long values_head, float scale) {
+template <typename Held>
+static void attend(const float *queries, const Held *keys, const Held *values, const bool *seen,
+                   float *weights, float *y, long rows, long heads, long group, long n, long width,
+                   long room, long keys_row, long keys_head, long values_row, long values_head,
+                   float scale) {
 #pragma omp parallel for schedule(static)
     for (long i = 0; i < rows * heads; i++) {
         const long row = i / heads, from = i % heads / group;
@@ -171,3 +190,21 @@ extern "C" void attend(const float *queries, const float *keys, const float *val
              weights + i * room, y + i * width, n, width, scale);
     }
 }
+
+// Both, for weights, keys and values in fp32 and in bf16; all else is in fp32.
+#define KERNELS(name, Number)                                                                      \
+    extern "C" void multiply_##name(const float *x, const Number *weights, const float *bias,      \
+                                    float *y, long rows, long in, long out) {                      \
+        multiply(x, weights, bias, y, rows, in, out);                                              \
+    }                                                                                              \
+    extern "C" void attend_##name(const float *queries, const Number *keys, const Number *values,  \
+                                  const bool *seen, float *weights, float *y, long rows,           \
+                                  long heads, long group, long n, long width, long room,           \
+                                  long keys_row, long keys_head, long values_row,                  \
+                                  long values_head, float scale) {                                 \
+        attend(queries, keys, values, seen, weights, y, rows, heads, group, n, width, room,        \
+               keys_row, keys_head, values_row, values_head, scale);                               \
+    }
+
+KERNELS(fp32, float)
+KERNELS(bf16, Half)

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -23,41 +24,50 @@ SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fPIC", "-shared")
 # Far more than a compiler needs, on a node that is not broken.
 SECONDS = 120
+# What they read, and what the source calls it.
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 # The floats that a processor computes with at a time, or a multiple of them.
 LANES = 16
 
 
 class Kernels:
-    """Those of this processor, for fp32 and without gradient.
+    """Those of this processor, for `DTYPES` and without gradient.
+
+    In bf16 what they read is summed up in fp32, and the sum is rounded once.
 
     Args:
         library: of the compiled source.
     """
 
     def __init__(self, library: ctypes.CDLL):
-        self._multiply = library.multiply
-        self._multiply.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_long] * 3
-        self._multiply.restype = None
-        self._attend = library.attend
-        self._attend.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_long] * 10 + [ctypes.c_float]
-        self._attend.restype = None
+        self._multiply, self._attend = (
+            {dtype: getattr(library, f"{kernel}_{name}") for dtype, name in DTYPES.items()}
+            for kernel in ("multiply", "attend")
+        )
+        for multiply in self._multiply.values():
+            multiply.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_long] * 3
+            multiply.restype = None
+        for attend in self._attend.values():
+            attend.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_long] * 10 + [ctypes.c_float]
+            attend.restype = None
 
     def product(self, weight: Tensor, bias: Tensor | None, rows: int) -> Layer:
         """Makes a product with weights [out, in] and a bias; of more rows, it is torch's."""
         weight = weight.contiguous()
         width, read_width = weight.shape
-        weight_at, bias_at = weight.data_ptr(), None if bias is None else bias.data_ptr()
-        multiply = self._multiply
+        added = None if bias is None else bias.float()
+        multiply = self._multiply[weight.dtype]
 
         def product(read: Tensor) -> Tensor:
             count = read.numel() // read_width
             if count > rows:
                 return linear(read, weight, bias)
-            read = read.contiguous()
-            into = read.new_empty(*read.shape[:-1], width)
-            at = (read.data_ptr(), weight_at, bias_at, into.data_ptr())
+            floats = read.float().contiguous()
+            into = floats.new_empty(*read.shape[:-1], width)
+            held = (floats, weight, added, into)
+            at = (None if one is None else one.data_ptr() for one in held)
             multiply(*at, count, read_width, width)
-            return into
+            return into.to(read.dtype)
 
         return product
 
@@ -67,29 +77,29 @@ class Kernels:
         """Scaled dot-product attention of one token in each row.
 
         Args:
-            query: [b, heads, 1, width], a width that `LANES` divides.
+            query: [b, heads, 1, width], a width that `LANES` divides; all in one of `DTYPES`.
             keys, values: [b, heads or a divisor, n, width].
             seen: bool [b, n], which tokens a row attends to; None: all.
 
         Returns:
             [b, 1, heads, width].
         """
-        query = query.contiguous()
+        floats = query.float().contiguous()
         # Rows and heads may lie apart, as those of a cache with room for more tokens do.
         keys, values = (held if _is_dense(held) else held.contiguous() for held in (keys, values))
         seen = None if seen is None else seen.contiguous()
         rows, heads, _, width = query.shape
         length = keys.shape[2]
         room = -(-length // LANES) * LANES
-        weights = query.new_empty(rows, heads, room)
-        into = query.new_empty(rows, 1, heads, width)
-        held = (query, keys, values, seen, weights, into)
-        self._attend(
+        weights = floats.new_empty(rows, heads, room)
+        into = floats.new_empty(rows, 1, heads, width)
+        held = (floats, keys, values, seen, weights, into)
+        self._attend[keys.dtype](
             *(None if one is None else one.data_ptr() for one in held),
             *(rows, heads, heads // keys.shape[1], length, width, room),
             *(*keys.stride()[:2], *values.stride()[:2], scale),
         )
-        return into
+        return into.to(query.dtype)
 
 
 def _is_dense(held: Tensor) -> bool:

@@ -322,7 +322,7 @@ class Generation(Group):
         "measured to be the fastest at the first rollout. Products of a few rows with large "
         "weights: torch's own, one from copies of the weights in another order, which take up as "
         "much memory as they do meanwhile, or a kernel that CXX or c++ compiles there. Attention "
-        "to the tokens so far: torch's own, or such a kernel. In fp32, on processors.",
+        "to the tokens so far: torch's own, or such a kernel. On processors.",
     )
 
 

@@ -19,14 +19,19 @@ pytestmark = tiny.compiles
 compiled = cache(kernels.compiled)
 
 
+# In bf16 what is summed up in fp32 is rounded once more, by half an epsilon of itself.
+ROUNDED = {torch.float32: 0.0, torch.bfloat16: torch.finfo(torch.bfloat16).eps / 2}
+IN_BOTH = pytest.mark.parametrize("dtype", kernels.DTYPES)
+
+
 def drawn(
-    rows: int, width: int, out: int, bias: bool = True
+    rows: int, width: int, out: int, bias: bool = True, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Rows [rows, 1, width], weights [out, width] and a bias [out] or none."""
     generator = torch.Generator().manual_seed(rows * width + out)
-    read = torch.randn(rows, 1, width, generator=generator)
-    weight = torch.randn(out, width, generator=generator)
-    return read, weight, torch.randn(out, generator=generator) if bias else None
+    read = torch.randn(rows, 1, width, generator=generator).to(dtype)
+    weight = torch.randn(out, width, generator=generator).to(dtype)
+    return read, weight, torch.randn(out, generator=generator).to(dtype) if bias else None
 
 
 def processors() -> list[str]:
@@ -47,30 +52,34 @@ def by_threads(compute: Callable[[], Tensor]) -> list[Tensor]:
     return made
 
 
+@IN_BOTH
 @pytest.mark.parametrize("processor", processors())
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [1, 2, 3, 7, 8, 19])
-def test_a_product(processor: str, rows: int, bias: bool) -> None:
+def test_a_product(processor: str, rows: int, bias: bool, dtype: torch.dtype) -> None:
     """Of widths and outputs that are multiples of what the kernel takes at a time, and others."""
     make = compiled(processor).product
     for width, out in ((64, 96), (16, 1), (5, 7), (203, 58)):
-        read, weight, offset = drawn(rows, width, out, bias)
+        read, weight, offset = drawn(rows, width, out, bias, dtype)
 
         given = make(weight, offset, rows)(read)
 
         exact = linear(read.double(), weight.double(), None if offset is None else offset.double())
         # A sum of n products in any order rounds at most n + 1 times, each by half an epsilon of
         # what has been added up without signs; that itself is within twice of its own rounding.
-        size = linear(read.abs(), weight.abs(), None if offset is None else offset.abs())
-        bound = (width + 2) * torch.finfo(torch.float32).eps * size
+        parts = (None if part is None else part.abs().float() for part in (read, weight, offset))
+        bound = (width + 2) * torch.finfo(torch.float32).eps * linear(*parts)
+        bound += ROUNDED[dtype] * (exact.abs() + bound)
+        assert given.dtype == dtype
         assert given.shape == exact.shape
         assert bool(((given - exact).abs() <= bound).all())
 
 
-def test_a_row_is_the_same_whatever_is_beside_it() -> None:
+@IN_BOTH
+def test_a_row_is_the_same_whatever_is_beside_it(dtype: torch.dtype) -> None:
     """Alone, and for any number of threads: answers that leave a batch change no other."""
     make = compiled().product
-    read, weight, bias = drawn(11, 203, 58)
+    read, weight, bias = drawn(11, 203, 58, dtype=dtype)
     together = make(weight, bias, 11)(read)
     for made in by_threads(lambda: make(weight, bias, 11)(read)):
         assert made.equal(together)
@@ -108,25 +117,33 @@ def test_prompts_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tokens(
-    rows: int, heads: int, group: int, length: int, width: int
+    rows: int,
+    heads: int,
+    group: int,
+    length: int,
+    width: int,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A query, keys and values in memory with room for more tokens, and which of them are seen."""
     generator = torch.Generator().manual_seed(rows * heads * length + width)
-    query = torch.randn(rows, heads, 1, width, generator=generator)
+    query = torch.randn(rows, heads, 1, width, generator=generator).to(dtype)
     shape = (2, rows + 1, heads // group, length + 3, width)
-    keys, values = torch.randn(shape, generator=generator)[:, :rows, :, :length]
+    keys, values = torch.randn(shape, generator=generator).to(dtype)[:, :rows, :, :length]
     seen = torch.rand(rows, length, generator=generator) < 0.7
     seen[:, -1] = True
     return query, keys, values, seen
 
 
+@IN_BOTH
 @pytest.mark.parametrize("processor", processors())
 @pytest.mark.parametrize("width", [16, 64, 80, 256])
 @pytest.mark.parametrize(("rows", "heads", "group"), [(1, 1, 1), (3, 4, 1), (2, 6, 3), (2, 4, 4)])
-def test_attention(processor: str, rows: int, heads: int, group: int, width: int) -> None:
+def test_attention(
+    processor: str, rows: int, heads: int, group: int, width: int, dtype: torch.dtype
+) -> None:
     attention = compiled(processor).attention
     for length in (1, 15, 16, 17, 200):
-        query, keys, values, seen = tokens(rows, heads, group, length, width)
+        query, keys, values, seen = tokens(rows, heads, group, length, width, dtype)
         wide = [held.double().repeat_interleave(group, 1) for held in (keys, values)]
         for sight in (seen, None):
             for scale in (width**-0.5, 3.0):
@@ -145,6 +162,8 @@ def test_attention(processor: str, rows: int, heads: int, group: int, width: int
                 size = scale * query.double().abs() @ wide[0].abs().transpose(2, 3)
                 off = 2 * (width + 4) * epsilon * size.max() + (2 * length + 32) * epsilon
                 bound = off * (weights @ wide[1].abs()).transpose(1, 2)
+                bound += ROUNDED[dtype] * (exact.abs() + bound)
+                assert given.dtype == dtype
                 assert bool(((given - exact).abs() <= bound).all())
 
 
@@ -173,8 +192,9 @@ def test_scores_that_lie_far_apart_leave_nothing_to_the_lower_ones() -> None:
         assert given.equal(torch.full((1, 1, 1, 16), 39.0))
 
 
-def test_attention_of_a_row_is_the_same_whatever_is_beside_it() -> None:
-    query, keys, values, seen = tokens(5, 6, 2, 50, 48)
+@IN_BOTH
+def test_attention_of_a_row_is_the_same_whatever_is_beside_it(dtype: torch.dtype) -> None:
+    query, keys, values, seen = tokens(5, 6, 2, 50, 48, dtype)
     attention = compiled().attention
     together = attention(query, keys, values, seen, 0.2)
     for made in by_threads(lambda: attention(query, keys, values, seen, 0.2)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 from hlrlhf.trainer.decoding.fastest import TORCH, Fastest
 from hlrlhf.trainer.device import Device
-from hlrlhf.trainer.kernels import LANES, Kernels
+from hlrlhf.trainer.kernels import DTYPES, LANES, Kernels
 from hlrlhf.trainer.models import forwards
 
 # The implementation of transformers that it takes the place of: models that take it need no more
@@ -57,7 +58,8 @@ def _taken(
         return None
     kernels = device.kernels
     # A rank that has none takes part, as others may wait for it.
-    return None if fastest("attention", lambda: _ways(kernels, rows)) == TORCH else kernels
+    ways = partial(_ways, kernels, rows, model.dtype)
+    return None if fastest("attention", ways) == TORCH else kernels
 
 
 def _may_fit(model: PreTrainedModel) -> bool:
@@ -65,13 +67,15 @@ def _may_fit(model: PreTrainedModel) -> bool:
     config = model.config.get_text_config()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     is_plain: bool = config._attn_implementation == PLAIN
-    return is_plain and width % LANES == 0 and model.dtype == torch.float32
+    return is_plain and width % LANES == 0 and model.dtype in DTYPES
 
 
-def _ways(kernels: Kernels | None, rows: int) -> dict[str, Callable[[], Tensor]]:
+def _ways(
+    kernels: Kernels | None, rows: int, dtype: torch.dtype
+) -> dict[str, Callable[[], Tensor]]:
     heads, length, width = SHAPE
-    query = torch.ones(rows, heads, 1, width)
-    keys, values = torch.ones(2, rows, heads, length, width)
+    query = torch.ones(rows, heads, 1, width, dtype=dtype)
+    keys, values = torch.ones(2, rows, heads, length, width, dtype=dtype)
     seen = torch.ones(rows, length, dtype=torch.bool)
     mask = seen[:, None, None]
     ways = {TORCH: lambda: scaled_dot_product_attention(query, keys, values, mask)}
@@ -96,7 +100,8 @@ def _attention(
         seen = attention_mask[:, 0, 0].expand(len(query), -1)
     fits = (
         query.shape[2] == 1
-        and query.dtype == key.dtype == value.dtype == torch.float32
+        and query.dtype == key.dtype == value.dtype
+        and query.dtype in DTYPES
         and query.shape[3] == key.shape[3] == value.shape[3]
         and query.shape[3] % LANES == 0
         and (attention_mask is None or (seen is not None and seen.dtype == torch.bool))

@@ -26,8 +26,8 @@ LARGE = 2**18
 class Prepared:
     """Prepares the layers of one model, for each of its batches anew.
 
-    Only in fp32, where another order of sums is all that changes: in bf16 a weight would swallow
-    what an adapter adds to it.
+    Another order of sums is all that changes. In bf16 adapters stay beside their layers: a weight
+    would swallow what they add to it.
 
     Args:
         device: what computes.
@@ -51,7 +51,7 @@ class Prepared:
         inside = {
             part
             for layer in model.modules()
-            if isinstance(layer, LoraLinear)
+            if isinstance(layer, LoraLinear) and _takes_adapters(layer)
             for part in layer.modules()
             if part is not layer
         }
@@ -73,11 +73,11 @@ class Prepared:
     def _product(self, layer: nn.Module, rows: int) -> Layer | None:
         """What computes a linear layer; None where that is its own forward, and for others."""
         added = None
-        if isinstance(layer, LoraLinear):
+        if isinstance(layer, LoraLinear) and _takes_adapters(layer):
             if not layer.disable_adapters:
                 added = layer.get_delta_weight("default")
             layer = layer.base_layer
-        if type(layer) is not nn.Linear or layer.weight.dtype != torch.float32:
+        if type(layer) is not nn.Linear:
             return None
         weight = layer.weight.detach()
         if added is not None:
@@ -101,6 +101,11 @@ class Prepared:
                 product = makers[chosen]()
                 return _unread(product, len(weight)) if self._compiled else product
         return None if added is None else plain
+
+
+def _takes_adapters(layer: LoraLinear) -> bool:
+    """Whether a layer's weights are as precise as what is added to them."""
+    return bool(layer.base_layer.weight.dtype == torch.float32)
 
 
 # What an operation calls that a compiler does not look into.

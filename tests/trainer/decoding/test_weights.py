@@ -152,6 +152,50 @@ def test_each_product_gives_what_others_give_and_is_that_of_the_state(
 
 
 @tiny.compiles
+@pytest.mark.parametrize("name", ["packed", "own"])
+def test_in_bf16_a_product_is_rounded_once(wide: Path, name: str) -> None:
+    policy = loading.load_policy(str(wide), "bf16", 0.0).eval()
+    cpu = tiny.cpu(tiny.settings())
+    if name not in cpu.products(policy.lm.lm_head.weight, None, 2):
+        pytest.skip("oneDNN has no products in bf16 for this processor")
+    fastest = Fastest(cpu)
+    fastest.restore({HEAD: name})
+    read = torch.randn(2, 1, 512).bfloat16()
+    weight = policy.lm.lm_head.weight.detach()
+    exact = nn.functional.linear(read.double(), weight.double())
+    size = nn.functional.linear(read.double().abs(), weight.double().abs())
+
+    with Prepared(cpu, fastest).of(policy.lm, 2):
+        assert policy.lm.lm_head in forwards_of_their_own(policy)
+        given = policy.lm.lm_head(read).detach()
+
+    assert given.dtype == torch.bfloat16
+    # 512 products are added up in fp32, in twos maybe, which rounds twice for each.
+    off = 2 * 512 * torch.finfo(torch.float32).eps * size
+    off += torch.finfo(torch.bfloat16).eps / 2 * (exact.abs() + off)
+    assert bool(((given - exact).abs() <= off).all())
+
+
+@tiny.compiles
+def test_in_bf16_the_layers_under_adapters_have_a_product_of_their_own(wide: Path) -> None:
+    policy = loading.load_policy(str(wide), "bf16", 0.0)
+    lora.add_adapters(policy, tiny.settings("lora.dim=2"))
+    adapted = [layer for layer in policy.modules() if isinstance(layer, LoraLinear)]
+    shapes = {"x".join(map(str, layer.base_layer.weight.shape)) for layer in adapted}
+    cpu = tiny.cpu(tiny.settings())
+    fastest = Fastest(cpu)
+    fastest.restore(dict.fromkeys({HEAD, *shapes}, "own"))
+
+    with Prepared(cpu, fastest).of(policy.lm, 2):
+        own = forwards_of_their_own(policy)
+
+    large = [layer for layer in adapted if layer.base_layer.weight.numel() >= weights.LARGE]
+    assert large
+    assert {layer.base_layer for layer in large} <= set(own)
+    assert not set(adapted) & set(own)
+
+
+@tiny.compiles
 def test_what_is_measured_to_be_the_fastest_is_taken(
     wide: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
