@@ -19,7 +19,8 @@ from hlrlhf.trainer.decoding.fastest import TORCH, Fastest
 from hlrlhf.trainer.device import Device
 from hlrlhf.trainer.kernels import Layer
 
-# Of fewer weights, which a processor's own cache holds, no other product is faster than torch's.
+# Of fewer weights, which a processor's own cache holds, no other product is faster than torch's in
+# fp32. In bf16 torch's asks oneDNN each time, which takes longer than a small product.
 LARGE = 2**18
 
 
@@ -88,7 +89,8 @@ class Prepared:
         def plain(read: Tensor) -> Tensor:
             return linear(read, weight, bias)
 
-        if self._fastest is not None and weight.numel() >= LARGE:
+        may_be_slow = weight.numel() >= LARGE or weight.dtype == torch.bfloat16
+        if self._fastest is not None and may_be_slow:
             makers = self._device.products(weight, bias, rows)
 
             def ways() -> dict[str, Callable[[], Tensor]]:
