@@ -180,17 +180,28 @@ def test_in_bf16_a_product_is_rounded_once(wide: Path, name: str) -> None:
 def test_in_bf16_the_layers_under_adapters_have_a_product_of_their_own(wide: Path) -> None:
     policy = loading.load_policy(str(wide), "bf16", 0.0)
     lora.add_adapters(policy, tiny.settings("lora.dim=2"))
+    policy.bfloat16()  # as DeepSpeed does; peft's are in fp32
     adapted = [layer for layer in policy.modules() if isinstance(layer, LoraLinear)]
     shapes = {"x".join(map(str, layer.base_layer.weight.shape)) for layer in adapted}
     cpu = tiny.cpu(tiny.settings())
     fastest = Fastest(cpu)
     fastest.restore(dict.fromkeys(shapes, "own"))
 
+    called = []
+
     with Prepared(cpu, fastest).of(policy.lm, 2):
         own = forwards_of_their_own(policy)
+        for layer in adapted:
+            product = layer.base_layer.forward
+            layer.base_layer.forward = lambda read, product=product: (
+                called.append(product),
+                product(read),
+            )[1]
+        logits_of(policy)
 
     assert {layer.base_layer for layer in adapted} <= set(own)
     assert not set(adapted) & set(own)
+    assert len(called) == len(adapted), "no layer computes with the weights alone"
 
 
 @tiny.compiles
