@@ -90,7 +90,7 @@ class Prepared:
             return linear(read, weight, bias)
 
         may_be_slow = weight.numel() >= LARGE or weight.dtype == torch.bfloat16
-        if self._fastest is not None and may_be_slow:
+        if self._fastest is not None and self._device.has_kernels and may_be_slow:
             makers = self._device.products(weight, bias, rows)
 
             def ways() -> dict[str, Callable[[], Tensor]]:
@@ -98,7 +98,8 @@ class Prepared:
                 products = {TORCH: plain} | {name: made() for name, made in makers.items()}
                 return {name: partial(product, read) for name, product in products.items()}
 
-            chosen = self._fastest("x".join(map(str, weight.shape)), ways) if makers else TORCH
+            # A rank that has no others takes part, as others may wait for it.
+            chosen = self._fastest("x".join(map(str, weight.shape)), ways)
             if chosen in makers:
                 product = makers[chosen]()
                 return _unread(product, len(weight)) if self._compiled else product

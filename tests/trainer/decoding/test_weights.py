@@ -204,6 +204,21 @@ def test_in_bf16_the_layers_under_adapters_have_a_product_of_their_own(wide: Pat
     assert len(called) == len(adapted), "no layer computes with the weights alone"
 
 
+def test_a_rank_without_other_products_takes_part_in_the_measurement(
+    wide: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or those that have some would wait for it."""
+    policy = loading.load_policy(str(wide), "bf16", 0.0).eval()
+    device = tiny.cpu(tiny.settings())
+    monkeypatch.setattr(device, "products", lambda *_: {})
+    fastest = Fastest(device)
+
+    with Prepared(device, fastest).of(policy.lm, 2):
+        assert forwards_of_their_own(policy) == []
+
+    assert fastest.state()[HEAD] == "torch"
+
+
 @tiny.compiles
 def test_what_is_measured_to_be_the_fastest_is_taken(
     wide: Path, monkeypatch: pytest.MonkeyPatch
