@@ -20,7 +20,7 @@ import mandatory
 import pytest
 from cluster import until
 
-from hlrlhf.jobs import local
+from hlrlhf.jobs import local, ports
 from hlrlhf.jobs.ports import PortTakenError, is_free, rendezvous_port
 from hlrlhf.settings import Resolved, SettingsError, resolve
 from hlrlhf.settings.layers import dump
@@ -224,6 +224,12 @@ def test_nor_does_one_outlive_a_killed_launcher(
             os.close(rank)
 
 
+def test_nor_does_one_begin_whose_launcher_is_gone() -> None:
+    code = "import ctypes, os; from hlrlhf.jobs import local;"
+    code += "local._end_with(os.getpid(), ctypes.CDLL(None))"  # which is not its parent's
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+
+
 def test_the_lock_says_that_the_launcher_lives(directory: Path, start: Start) -> None:
     held = []
 
@@ -256,7 +262,10 @@ def test_the_users_port_is_kept_or_the_run_fails(directory: Path, start: Start) 
     assert (directory / "0").read_text() == str(port)
 
 
-def test_the_default_port_gives_way() -> None:
+def test_the_default_port_gives_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Other runs on this machine claim the port too.
+    monkeypatch.setattr(ports, "_NAMESPACE", tmp_path / "namespace")
+    (tmp_path / "namespace").touch()
     low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
     # Both are in their context at once, and nobody listens yet.
     with (

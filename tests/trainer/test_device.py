@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +178,38 @@ def test_what_asks_a_gpu_for_a_number_is_found_before_it_is_captured(
             captured()
         assert modes[-1] == 0
         assert torch.cuda.is_current_stream_capturing is plain
+
+
+def test_the_steps_of_a_rollout_are_captured_once_and_into_one_pool(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    done: list[Any] = []
+
+    class Graph:
+        def replay(self) -> None:
+            done.append("replay")
+
+    @contextlib.contextmanager
+    def capture(_: Graph, pool: int, capture_error_mode: str) -> Iterator[None]:
+        done.append(f"pool {pool} {capture_error_mode}")
+        yield
+
+    pools = iter(range(9))
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(pools))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    cuda = device.Cuda.__new__(device.Cuda)
+    for rollout_pool in range(2):
+        capturing = cuda.capturing()
+        for name in ("of 128 columns", "of 256"):
+            done.clear()
+            taken = capturing(lambda name=name: done.append(name))
+            for _ in range(3):
+                taken()
+            captured = [f"pool {rollout_pool} thread_local", name, "replay"]
+            assert done == [name, *captured, "replay"]
 
 
 def test_cpu_says_that_bf16_is_slow_where_it_is(
