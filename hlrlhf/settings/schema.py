@@ -320,9 +320,9 @@ class Generation(Group):
         True,
         description="Let our own loop compute what takes most of a token's time by what is "
         "measured to be the fastest at the first rollout. Products of a few rows with large "
-        "weights: torch's own, one from copies of the weights in another order, which take up as "
-        "much memory as they do meanwhile, or a kernel that CXX or c++ compiles there. Attention "
-        "to the tokens so far: torch's own, or such a kernel. On processors.",
+        "weights, in bf16 with all: torch's own, one from copies of the weights in another order, "
+        "which take up as much memory as they do meanwhile, or a kernel that CXX or c++ compiles "
+        "there. Attention to the tokens so far: torch's own, or such a kernel. On processors.",
     )
 
 
