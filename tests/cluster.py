@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from hlrlhf.runs import Run
+from hlrlhf.runs import Outcome, Run
 
 COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scancel", "setpriv")
 ACCOUNTING_COMMANDS = ("slurmdbd", "mariadbd", "mariadb-install-db", "sacctmgr", "sacct")
@@ -54,6 +54,11 @@ def until(condition: Callable[[], object], what: str, seconds: float = 30) -> No
         if time.monotonic() > deadline:
             raise TimeoutError(f"waited {seconds:g} s in vain for {what}")
         time.sleep(0.05)
+
+
+def whole(file: Path) -> Callable[[], object]:
+    """Whether an attempt's word of its end is there, and not just about to be written."""
+    return lambda: Outcome.read(file)
 
 
 def job_id(run: Run) -> str:

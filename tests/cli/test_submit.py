@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from cluster import LEAVE, Cluster, job_id, until
+from cluster import LEAVE, Cluster, job_id, until, whole
 from mandatory import MANDATORY
 
 from hlrlhf import runs
@@ -358,7 +358,7 @@ def test_a_warning_reaches_every_rank(
     log = logs / f"{job}.0.log"
     until(lambda: log.exists() and log.read_text().count("ready") == 4, "the ranks")
     on_slurm.run("scancel", "--batch", f"--signal={number}", job)
-    until((logs / f"{job}.0.exit").exists, "the end of the job")
+    until(whole(logs / f"{job}.0.exit"), "the end of the job")
     assert (logs / f"{job}.0.exit").read_text() == "75\n"
     assert "scancel: error" not in (logs / f"{job}.batch.log").read_text()
     # Where Slurm signals all processes of a task, a rank hears it twice.
@@ -390,7 +390,7 @@ def test_a_cancelled_job_says_nothing_false(
     until(lambda: log.exists() and log.read_text().count("ready") == 2, "the ranks")
     on_slurm.run("scancel", job)
     on_slurm.wait(job, "CANCELLED")
-    until((logs / f"{job}.0.exit").exists, "the end of the script")
+    until(whole(logs / f"{job}.0.exit"), "the end of the script")
     assert "scancel: error" not in (logs / f"{job}.batch.log").read_text()
     until(lambda: look([runs.find("try")])[0].finished, "accounting")
     (state,) = look([runs.find("try")])
@@ -419,7 +419,7 @@ def test_a_requeued_job_logs_apart(on_slurm: Cluster, settings: Path, tmp_path: 
     def started() -> bool:
         # A requeued job waits two minutes, unless told otherwise.
         on_slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
-        return (logs / f"{job}.1.exit").exists()
+        return bool(whole(logs / f"{job}.1.exit")())
 
     until(started, "the second attempt", 60)
     assert (logs / f"{job}.1.exit").read_text() == "0\n"
@@ -471,7 +471,7 @@ def test_a_lost_node_is_no_success(on_slurm: Cluster, settings: Path, tmp_path: 
         # The node, which lives, may have come back by itself.
         on_slurm.run("scontrol", "update", "NodeName=n2", "State=RESUME", check=False)
     run = runs.find("try")
-    until(log.with_suffix(".exit").exists, "the end of the script")
+    until(whole(log.with_suffix(".exit")), "the end of the script")
     until(lambda: look([run])[0].finished, "accounting")
     (state,) = look([run])
     assert (state.state, state.exit_code) == ("NODE_FAIL", 1)

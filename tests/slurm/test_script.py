@@ -18,7 +18,7 @@ from pathlib import Path
 
 import mandatory
 import pytest
-from cluster import LEAVE, Cluster, until
+from cluster import LEAVE, Cluster, until, whole
 from hostile import slurm_words
 from hypothesis import HealthCheck, example, given
 from hypothesis import settings as hypothesis_settings
@@ -253,7 +253,7 @@ def test_slurm_takes_hostile_values_as_they_are(on_slurm: Cluster, tmp_path: Pat
         assert f"Comment=<{text}>" in on_slurm.run("scontrol", "show", "job", job)
         jobs[job] = directory, log if number % 2 else directory / "logs" / f"{job}.0.log"
     for job, (directory, log) in jobs.items():
-        until((directory / "logs" / f"{job}.0.exit").exists, f"the end of the job in {directory}")
+        until(whole(directory / "logs" / f"{job}.0.exit"), f"the end of the job in {directory}")
         assert (directory / "logs" / f"{job}.batch.log").exists()
         assert log.read_text().splitlines()[:4] == [
             str(directory),

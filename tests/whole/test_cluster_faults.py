@@ -14,7 +14,7 @@ from pathlib import Path
 
 import disks
 import pytest
-from cluster import Cluster, job_id, until
+from cluster import Cluster, job_id, until, whole
 from demo_run import ENDLESS, STEPS, Start, completed, hlrlhf, rank_of, shortened, steps
 
 from hlrlhf import runs
@@ -151,7 +151,7 @@ def test_a_controller_that_is_away_when_a_run_asks_to_be_started_again(
         log = run.batch_log(job_id(run))
         until(lambda: f"slurm_load_jobs error: {unheard}" in log.read_text(), "the question", 60)
         assert not attempt.ended.exists()
-    until(attempt.ended.exists, "the end of the attempt", 60)
+    until(whole(attempt.ended), "the end of the attempt", 60)
     last = shortened(run)
     on_slurm.start_now(job_id(run))
     completed(on_slurm, run, last)
@@ -209,7 +209,7 @@ def test_a_rank_that_hangs_is_named_and_the_run_started_again(
     run = start_demo("hung", OFTEN, ENDLESS, *two)
     until(lambda: saved(run), "a checkpoint")
     os.kill(rank_of(run, 1), signal.SIGSTOP)
-    until(Attempt(run, job_id(run), 0).ended.exists, "the end of the attempt", 120)
+    until(whole(Attempt(run, job_id(run), 0).ended), "the end of the attempt", 120)
     last = shortened(run)
     on_slurm.start_now(job_id(run))
     completed(on_slurm, run, last)
@@ -239,7 +239,7 @@ def test_a_device_that_does_not_answer_costs_its_node_the_next_attempt(
         f"environment.setup={list(setup)!r}",
         wait=False,
     )
-    until(Attempt(run, job_id(run), 0).ended.exists, "the end of the attempt", 120)
+    until(whole(Attempt(run, job_id(run), 0).ended), "the end of the attempt", 120)
     on_slurm.start_now(job_id(run))
     completed(on_slurm, run, 3)
     first, second = ledger.entries(run)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import containers
 import pytest
-from cluster import LEAVE, Cluster, job_id, until
+from cluster import LEAVE, Cluster, job_id, until, whole
 from containers import Docker
 from ranks import read_lines
 
@@ -230,7 +230,7 @@ while :; do sleep 0.05; done""")
     until(lambda: len(list(run.logs.glob("up.*"))) == 2, "the ranks")
     on_slurm.run("scancel", job)
     on_slurm.wait(job, "CANCELLED")
-    until((run.logs / f"{job}.0.exit").exists, "the end of the script")
+    until(whole(run.logs / f"{job}.0.exit"), "the end of the script")
     assert len(docker.of(job)) == 2
     page = (Path(__file__).parents[2] / "docs" / "sites.md").read_text()
     (epilog,) = [part for part in page.split("```") if part.startswith("sh\n#!/bin/bash")]

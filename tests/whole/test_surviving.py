@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from cluster import Cluster, job_id, until
+from cluster import Cluster, job_id, until, whole
 from demo_run import ENDLESS, Start, completed, ends, hlrlhf, rank_of, shortened, steps
 
 from hlrlhf import runs
@@ -26,7 +26,7 @@ def test_warned_and_requeued_a_run_ends_as_one_that_never_was(
     run = start_demo("warned")
     for attempt in range(2):
         on_slurm.run("scancel", "--batch", "--signal=USR1", job_id(run))
-        until(lambda n=attempt: runs.Attempt(run, job_id(run), n).ended.exists(), "the stop")
+        until(whole(runs.Attempt(run, job_id(run), attempt).ended), "the stop")
         seen = len(steps(run))
         if attempt == 0:
             on_slurm.start_now(job_id(run))
@@ -65,7 +65,7 @@ def test_a_rank_that_is_killed_is_started_again(on_slurm: Cluster, start_demo: S
     run = start_demo("killed", "slurm.requeue_on_failure=true", "checkpoint.interval=2")
     until(lambda: (run.resume / "step-2").exists(), "a checkpoint")
     os.kill(rank_of(run), signal.SIGKILL)
-    until(lambda: runs.Attempt(run, job_id(run), 0).ended.exists(), "the end of the attempt")
+    until(whole(runs.Attempt(run, job_id(run), 0).ended), "the end of the attempt")
     on_slurm.start_now(job_id(run))
     completed(on_slurm, run)
     first = runs.Attempt(run, job_id(run), 0).heard()
@@ -82,7 +82,7 @@ def test_out_of_time_a_run_stops_by_itself_and_not_for_ever(
         own = runs.Attempt(run, job_id(run), attempt)
         if attempt:
             on_slurm.start_now(job_id(run))
-        until(own.ended.exists, "the stop", 90)
+        until(whole(own.ended), "the stop", 90)
     on_slurm.wait(job_id(run), "FAILED")
     until(lambda: look([run])[0].finished, "accounting")
     (state,) = look([run])
