@@ -64,9 +64,7 @@ class Kernels:
                 return linear(read, weight, bias)
             floats = read.float().contiguous()
             into = floats.new_empty(*read.shape[:-1], width)
-            held = (floats, weight, added, into)
-            at = (None if one is None else one.data_ptr() for one in held)
-            multiply(*at, count, read_width, width)
+            multiply(*_places(floats, weight, added, into), count, read_width, width)
             return into.to(read.dtype)
 
         return product
@@ -93,13 +91,17 @@ class Kernels:
         room = -(-length // LANES) * LANES
         weights = floats.new_empty(rows, heads, room)
         into = floats.new_empty(rows, 1, heads, width)
-        held = (floats, keys, values, seen, weights, into)
         self._attend[keys.dtype](
-            *(None if one is None else one.data_ptr() for one in held),
+            *_places(floats, keys, values, seen, weights, into),
             *(rows, heads, heads // keys.shape[1], length, width, room),
             *(*keys.stride()[:2], *values.stride()[:2], scale),
         )
         return into.to(query.dtype)
+
+
+def _places(*held: Tensor | None) -> list[int | None]:
+    """Where tensors lie in memory, for as long as the caller holds them."""
+    return [None if one is None else one.data_ptr() for one in held]
 
 
 def _is_dense(held: Tensor) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import TypeGuard
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
@@ -52,7 +53,7 @@ class Prepared:
         inside = {
             part
             for layer in model.modules()
-            if isinstance(layer, LoraLinear) and _takes_adapters(layer)
+            if _takes_adapters(layer)
             for part in layer.modules()
             if part is not layer
         }
@@ -74,7 +75,7 @@ class Prepared:
     def _product(self, layer: nn.Module, rows: int) -> Layer | None:
         """What computes a linear layer; None where that is its own forward, and for others."""
         added = None
-        if isinstance(layer, LoraLinear) and _takes_adapters(layer):
+        if _takes_adapters(layer):
             if not layer.disable_adapters:
                 added = layer.get_delta_weight("default")
             layer = layer.base_layer
@@ -106,9 +107,9 @@ class Prepared:
         return None if added is None else plain
 
 
-def _takes_adapters(layer: LoraLinear) -> bool:
-    """Whether a layer's weights are as precise as what is added to them."""
-    return bool(layer.base_layer.weight.dtype == torch.float32)
+def _takes_adapters(layer: nn.Module) -> TypeGuard[LoraLinear]:
+    """Whether a layer has adapters, and weights as precise as what they add."""
+    return isinstance(layer, LoraLinear) and layer.base_layer.weight.dtype == torch.float32
 
 
 # What an operation calls that a compiler does not look into.
