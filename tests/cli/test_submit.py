@@ -416,10 +416,10 @@ def test_a_requeued_job_logs_apart(on_slurm: Cluster, settings: Path, tmp_path: 
     on_slurm.run("scontrol", "requeue", job)
     until(lambda: "JobState=PENDING" in on_slurm.run("scontrol", "show", "job", job), "the requeue")
 
-    def started() -> bool:
+    def started() -> object:
         # A requeued job waits two minutes, unless told otherwise.
         on_slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
-        return bool(whole(logs / f"{job}.1.exit")())
+        return whole(logs / f"{job}.1.exit")()
 
     until(started, "the second attempt", 60)
     assert (logs / f"{job}.1.exit").read_text() == "0\n"
