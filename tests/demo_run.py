@@ -34,7 +34,7 @@ def steps(run: Run) -> list[int]:
 
 def shortened(run: Run) -> int:
     """Let a run that waits to be resumed have a few steps more; its last one."""
-    last = len(steps(run)) + 3
+    last = steps(run)[-1] + 3
     text = run.settings_file.read_text()
     assert text.count("run_steps: 9999") == 1
     run.settings_file.write_text(text.replace("run_steps: 9999", f"run_steps: {last}"))

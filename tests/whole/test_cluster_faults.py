@@ -15,7 +15,7 @@ from pathlib import Path
 import disks
 import pytest
 from cluster import Cluster, job_id, until, whole
-from demo_run import ENDLESS, STEPS, Start, completed, hlrlhf, rank_of, shortened, steps
+from demo_run import ENDLESS, Start, completed, hlrlhf, rank_of, shortened, steps
 
 from hlrlhf import runs
 from hlrlhf.jobs.states import look
@@ -182,16 +182,24 @@ def test_a_full_disk_costs_checkpoints_and_records_but_not_the_run(
     on_slurm: Cluster, start_demo: Start, tmp_path: Path
 ) -> None:
     log = tmp_path / "log"
+
+    def said(what: str) -> bool:
+        return what in log.read_text()
+
     with disks.disk(tmp_path / "small", "50m") as small:
-        run = start_demo("full", OFTEN, f"base_out_path={small}", f"log_file={log}")
-        filler = disks.fill(small)
+        run = start_demo("full", OFTEN, ENDLESS, f"base_out_path={small}", f"log_file={log}")
         for what in ("metrics.jsonl: cannot be written", "the checkpoint of step"):
-            until(lambda what=what: what in log.read_text(), f"the warning: {what}", 60)
-        filler.unlink()
-        on_slurm.wait(job_id(run), "COMPLETED", "FAILED")
-        until(lambda: look([run])[0].state == "COMPLETED", "the run's own word")
-        assert steps(run)[-1] == STEPS
-        assert "records lost" in log.read_text()
+            # Again and again: a checkpoint that was not finished is removed, which makes room.
+            until(lambda what=what: disks.fill(small) and said(what), f"the warning: {what}", 60)
+        disks.fill(small).unlink()
+        until(lambda: said("metrics.jsonl: can be written again; records lost: "), "records", 60)
+        hlrlhf("cancel", "--save", "full")
+        done, last = steps(run)[-1], shortened(run)
+        hlrlhf("resume", "full", "--wait")
+        assert steps(run)[-3:] == [done + 1, done + 2, last]
+        first, second = ledger.entries(run)
+        assert (first.last_step, second.first_step) == (done, done + 1)
+        assert look([run])[0].state == "COMPLETED"
         assert "is complete" in hlrlhf("resume", "full").stderr
 
 
