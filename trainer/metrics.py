@@ -63,7 +63,7 @@ class Recorder:
         self._metrics = Lines(run.metrics)
         self._samples = Lines(run.samples)
         self._evaluations = Lines(run.evaluations)
-        self._board = Board(tensorboard, 0 if done is None else done + 1)
+        self._board = Board(tensorboard, run.directory, 0 if done is None else done + 1)
         self._total = total_steps
         self._first = self._steps = done or 0
         attempt.check()

@@ -27,13 +27,13 @@ def warn(words: str) -> None:
 
 
 class Appended:
-    """A file that whole records are added to, and no part of one.
+    """A file in a folder that is there, to which whole records are added, and no part of one.
 
     It is opened for each record and closed after it: a network's file system may tell only then
     that a quota is reached. What fails is said when it begins and when it is over.
 
     Args:
-        path: the file, made with its folder when the first record comes.
+        path: the file, made when the first record comes.
         end: what the last byte of a whole record is, where there is such a byte: an attempt that
             was killed may have left a part, which is taken away.
     """
@@ -71,7 +71,6 @@ class Appended:
             warn(f"{self._path}: records lost at the end: {self._lost}")
 
     def _add(self, data: bytes, head: bytes) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         begin = None
         try:
             # Without Python's buffer, which would keep what could not be written for later.
@@ -151,17 +150,21 @@ class Lines(Appended):
 class Board(Appended):
     """TensorBoard's event file, in a folder that other runs and attempts may write into.
 
+    The folder is made when the first point comes, but not a run's directory that was deleted.
+
     Written here: TensorBoard's own writer is a thread, which ends with the first error.
 
     Args:
         folder: where.
+        run: the run's directory.
         first: what other files there say of this step and later ones is not to be shown.
     """
 
-    def __init__(self, folder: Path, first: int):
+    def __init__(self, folder: Path, run: Path, first: int):
         writer = f"{socket.gethostname()}.{os.getpid()}.{first}"
         name = f"events.out.tfevents.{time.time():010.0f}.{writer}"
         super().__init__(folder / name)
+        self._run = run
         self._first = first
 
     def scalars(self, values: dict[str, float], step: int) -> None:
@@ -174,6 +177,11 @@ class Board(Appended):
         start = SessionLog(status=SessionLog.START)
         purge = Event(wall_time=now, step=self._first, session_log=start)
         self.add(_recorded(event), head=_recorded(head) + _recorded(purge))
+
+    def _add(self, data: bytes, head: bytes) -> None:
+        self._run.stat()  # or an error
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        super()._add(data, head)
 
 
 def put(path: Path, text: str) -> None:

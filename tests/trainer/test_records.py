@@ -72,7 +72,7 @@ def test_a_part_that_a_killed_attempt_left_is_taken_away(tmp_path: Path) -> None
 def test_tensorboard_reads_what_was_written_before_and_after(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    board = records.Board(tmp_path, 0)
+    board = records.Board(tmp_path, tmp_path, 0)
     with no_file_longer_than(3):
         board.scalars({"reward": 0.0, "kl": 0.0}, 1)
     board.scalars({"reward": 0.5}, 2)
@@ -86,6 +86,16 @@ def test_tensorboard_reads_what_was_written_before_and_after(
     assert [(event.step, event.value) for event in events.Scalars("reward")] == [(2, 0.5), (4, 1.5)]
     said = [line.partition(f"{path}: ")[2] for line in capsys.readouterr().out.splitlines()]
     assert said[1::2] == ["can be written again; records lost: 1"] * 2
+
+
+def test_a_run_directory_that_was_deleted_is_not_made_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    records.Lines(run / "metrics.jsonl").write([{"step": 1}])
+    records.Board(run / "tensorboard", run, 0).scalars({"reward": 0.5}, 1)
+    assert not run.exists()
+    assert capsys.readouterr().out.count("cannot be written: No such file or directory") == 2
 
 
 def test_a_full_disk_ends_no_run_and_takes_records_when_there_is_room(
