@@ -43,7 +43,7 @@ def missing() -> list[str]:
     return lacking + (["root"] if os.geteuid() else [])
 
 
-def until(condition: Callable[[], object], what: str, seconds: float = 30) -> None:
+def until(condition: Callable[[], object], what: str, seconds: float = 240) -> None:
     """Wait until `condition` holds.
 
     Raises:
@@ -143,12 +143,11 @@ class Cluster:
         text = self.run("scontrol", "-o", "show", "job", job_id, check=False)
         return dict(pair.split("=", 1) for pair in text.split() if "=" in pair)
 
-    def wait(self, job_id: str, *states: str, seconds: float = 60) -> str:
+    def wait(self, job_id: str, *states: str) -> str:
         """Wait until the controller says that the job is in one of `states`; returns which."""
         until(
             lambda: self.job(job_id).get("JobState") in states,
             f"job {job_id} to be {' or '.join(states)}",
-            seconds,
         )
         return self.job(job_id)["JobState"]
 
@@ -356,7 +355,7 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
 SlurmdParameters=config_overrides
 JobAcctGatherType=jobacct_gather/linux
 JobRequeue=1
-KillWait=2
+KillWait=1
 MinJobAge={self._min_job_age}
 ReturnToService=2
 StateSaveLocation={here}/state

@@ -15,9 +15,6 @@ from same_numbers import records
 
 from hlrlhf.runs import Run
 
-STEPS = 40
-# More steps than any machine takes before a command has been heard.
-ENDLESS = "run_steps=9999"
 Start = Callable[..., Run]
 
 
@@ -56,13 +53,14 @@ def rank_of(run: Run, rank: int = 0) -> int:
 
 
 def ends(run: Run) -> list[Any]:
-    """What a run has recorded and learnt."""
+    """What a run has recorded and learnt, whatever it was to have as its last step at first."""
     final = run.checkpoints / "final"
+    metrics = [{**line, "total_steps": None} for line in records(run.metrics)]
     weights = [load_file(final / role / "model.safetensors") for role in ("actor", "critic")]
     lists = [{name: value.tolist() for name, value in one.items()} for one in weights]
-    return [records(run.metrics), records(run.samples), *lists]
+    return [metrics, records(run.samples), *lists]
 
 
-def completed(on_slurm: Cluster, run: Run, last: int = STEPS) -> None:
+def completed(on_slurm: Cluster, run: Run, last: int) -> None:
     assert on_slurm.wait(job_id(run), "COMPLETED", "FAILED") == "COMPLETED"
     assert steps(run) == list(range(1, last + 1))

@@ -421,7 +421,7 @@ def test_a_requeued_job_logs_apart(on_slurm: Cluster, settings: Path, tmp_path: 
         on_slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
         return whole(logs / f"{job}.1.exit")()
 
-    until(started, "the second attempt", 60)
+    until(started, "the second attempt")
     assert (logs / f"{job}.1.exit").read_text() == "0\n"
     assert "attempt 0" in first.read_text()
     assert "attempt 1" not in first.read_text()
@@ -444,7 +444,7 @@ def test_a_preempted_job_stops_within_its_grace(
     until(lambda: log.exists() and log.read_text().count("ready") == 2, "the ranks")
     on_slurm.run("sbatch", "--partition=high", "--nodes=2", "--exclusive", *QUIET)
     said = log.with_suffix(".exit")
-    until(said.exists, "the end of the attempt")
+    until(whole(said), "the end of the attempt")
     assert said.read_text() == "75\nsaved\n"
     if requeue:
         on_slurm.start_now(job)

@@ -91,7 +91,7 @@ def test_a_time_out(on_slurm: Cluster, submit: Submit) -> None:
     run = submit("sleep 600", "--time=5")
     on_slurm.wait(job_id(run), "RUNNING")
     on_slurm.run("scontrol", "update", f"JobId={job_id(run)}", "TimeLimit=0")
-    on_slurm.wait(job_id(run), "TIMEOUT", seconds=90)
+    on_slurm.wait(job_id(run), "TIMEOUT")
     (state,) = look([run])
     assert state.state == "TIMEOUT"
     assert state.ended
@@ -128,12 +128,12 @@ def test_a_site_without_accounting(on_slurm_without_accounting: Cluster, submit:
     good, bad, mute = submit(EXIT + "true"), submit(EXIT + "exit 5"), submit("exit 5")
     running = submit(EXIT + "sleep 600")
     cluster.wait(job_id(running), "RUNNING")
-    for run in (good, bad, mute):
+    for run in (good, bad):  # the queue may have forgotten the third
         until(lambda run=run: look([run])[0].ended, "the end")
     assert [state.state for state in look([good, bad])] == ["COMPLETED", "FAILED"]
-    until(lambda: not cluster.job(job_id(mute)), "the queue to forget", 60)
-    until(lambda: not cluster.job(job_id(bad)), "the queue to forget", 60)
-    until(lambda: not cluster.job(job_id(good)), "the queue to forget", 60)
+    until(lambda: not cluster.job(job_id(mute)), "the queue to forget")
+    until(lambda: not cluster.job(job_id(bad)), "the queue to forget")
+    until(lambda: not cluster.job(job_id(good)), "the queue to forget")
     seen = look([good, bad, mute, running])
     assert [(state.state, state.exit_code) for state in seen] == [
         ("COMPLETED", 0),

@@ -82,9 +82,10 @@ def test_a_refused_job_is_refused_in_sbatchs_words(on_slurm: Cluster, tmp_path: 
 
 @pytest.mark.slurm
 def test_an_estimate_submits_nothing(on_slurm: Cluster, tmp_path: Path) -> None:
-    before = on_slurm.run("squeue", "-h", "-t", "all", "-o", "%A")
+    before = on_slurm.run("squeue", "-h", "-t", "all", "-o", "%A").split()
     assert "to start at" in client.estimate(script(tmp_path, "true", "--nodes=2"))
-    assert on_slurm.run("squeue", "-h", "-t", "all", "-o", "%A") == before
+    # The queue may have forgotten older ones meanwhile.
+    assert {*on_slurm.run("squeue", "-h", "-t", "all", "-o", "%A").split()} <= {*before}
 
 
 @pytest.mark.slurm
@@ -158,8 +159,8 @@ def test_a_command_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.Mo
     )
     command.chmod(command.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    monkeypatch.setattr(client, "TIMEOUT", 0.5)
-    with pytest.raises(SlurmError, match=r"within 0\.5 s: waiting for godot"):
+    monkeypatch.setattr(client, "TIMEOUT", 5)
+    with pytest.raises(SlurmError, match=r"within 5 s: waiting for godot"):
         client.queue(["1"])
 
 

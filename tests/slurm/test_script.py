@@ -744,7 +744,7 @@ def claimed() -> Iterator[None]:
                 return True
             return False
 
-        until(claim, "the end of another run on this machine", 240)
+        until(claim, "the end of another run on this machine")
         yield
 
 

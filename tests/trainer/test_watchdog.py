@@ -40,12 +40,14 @@ def test_a_run_that_hangs_is_ended_and_says_who_does_not_answer(
         "    return [0.0 for _ in answers]\n"
     )
     reward = {"reward__function": "stuck:score", "reward__model_weight": 0}
-    prepare(tmp_path, demo_models, devices_per_node=2, mbs=2, guard__hang=0.1, **reward)
+    # Time enough to load, and for the first rollout without a compiler's.
+    settings = {"guard__hang": 0.5, "generation__fast_kernels": False, **reward}
+    prepare(tmp_path, demo_models, devices_per_node=2, mbs=2, **settings)
     with running(tmp_path, ranks=2, HLRLHF_JOB="7", PYTHONPATH=str(tmp_path)) as processes:
         # The launcher, or srun, ends the other one.
         first = finish(tmp_path, processes[:1])
     words = (
-        f"no step, evaluation or save has ended for 0.1 minutes (guard.hang): {who}; "
+        f"no step, evaluation or save has ended for 0.5 minutes (guard.hang): {who}; "
         "where those that answer stand is in the log"
     )
     assert first.codes == [1], first.output

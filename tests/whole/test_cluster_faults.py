@@ -1,6 +1,7 @@
 """What clusters do to long jobs, done to runs of the real trainer on a real cluster.
 
-Each run has a checkpoint after every second step, so that two steps at most are done again.
+Each run has a checkpoint after every second step, so that two steps at most are done again; four
+where one was still being written when the run ended.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 import disks
 import pytest
 from cluster import Cluster, job_id, until, whole
-from demo_run import ENDLESS, Start, completed, hlrlhf, rank_of, shortened, steps
+from demo_run import Start, completed, hlrlhf, rank_of, shortened, steps
 
 from hlrlhf import runs
 from hlrlhf.jobs.states import look
@@ -39,36 +40,36 @@ def script_of(run: Run) -> int:
 
 
 def has_no_process(run: Run) -> bool:
-    return not any(
-        str(run.directory).encode() in (folder / "cmdline").read_bytes()
-        for folder in Path("/proc").glob("[0-9]*")
-        if (folder / "cmdline").exists()
-    )
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has just ended
+            if str(run.directory).encode() in (folder / "cmdline").read_bytes():
+                return False
+    return True
 
 
 def saved(run: Run) -> bool:
     return runs.saved(run) is not None
 
 
-def at_most_two_again(entries: list[Entry]) -> None:
+def few_again(entries: list[Entry]) -> None:
     """No attempt does more steps again than those since the checkpoint before."""
     for before, after in pairwise(entries):
         assert before.last_step is not None
         assert after.first_step is not None
-        assert 0 <= before.last_step + 1 - after.first_step <= 2
+        assert 0 <= before.last_step + 1 - after.first_step <= 4
 
 
 def completes_when_resumed(run: Run) -> None:
     last = shortened(run)
     hlrlhf("resume", run.name, "--wait")
     assert steps(run) == list(range(1, last + 1))
-    at_most_two_again(ledger.entries(run))
+    few_again(ledger.entries(run))
 
 
 def test_a_daemon_that_dies_is_not_noticed_and_a_node_that_dies_gives_way_to_another(
     on_slurm: Cluster, start_demo: Start
 ) -> None:
-    run = start_demo("dead", OFTEN, ENDLESS)
+    run = start_demo("dead", OFTEN)
     node = look([run])[0].node_list
     with on_slurm.away("slurmd", "-D", "-N", node):
         seen = len(steps(run))
@@ -81,13 +82,13 @@ def test_a_daemon_that_dies_is_not_noticed_and_a_node_that_dies_gives_way_to_ano
     assert (first.nodes, first.exit_code) == (node, None)
     assert "left no word" in first.why
     assert second.nodes != node
-    at_most_two_again([first, second])
+    few_again([first, second])
 
 
 def test_a_script_that_is_killed_takes_its_ranks_along(
     on_slurm: Cluster, start_demo: Start
 ) -> None:
-    run = start_demo("shell", OFTEN, ENDLESS)
+    run = start_demo("shell", OFTEN)
     until(lambda: saved(run), "a checkpoint")
     os.kill(script_of(run), signal.SIGKILL)
     on_slurm.wait(job_id(run), "FAILED")
@@ -100,11 +101,11 @@ def test_a_script_that_is_killed_takes_its_ranks_along(
 def test_a_job_that_outlives_its_limit_is_ended_and_can_go_on(
     on_slurm: Cluster, start_demo: Start
 ) -> None:
-    run = start_demo("limit", OFTEN, ENDLESS)
+    run = start_demo("limit", OFTEN)
     until(lambda: saved(run), "a checkpoint")
     os.kill(rank_of(run), signal.SIGSTOP)
     on_slurm.run("scontrol", "update", f"JobId={job_id(run)}", "TimeLimit=1", "EndTime=now+1")
-    on_slurm.wait(job_id(run), "TIMEOUT", seconds=120)
+    on_slurm.wait(job_id(run), "TIMEOUT")
     until(lambda: has_no_process(run), "the rank's end")
     assert look([run])[0].state == "TIMEOUT"
     completes_when_resumed(run)
@@ -113,27 +114,27 @@ def test_a_job_that_outlives_its_limit_is_ended_and_can_go_on(
 def test_requeued_by_hand_a_run_goes_on_and_cancelled_it_does_not(
     on_slurm: Cluster, start_demo: Start
 ) -> None:
-    run = start_demo("hand", OFTEN, ENDLESS, "slurm.requeue_on_failure=true")
+    run = start_demo("hand", OFTEN, "slurm.requeue_on_failure=true")
     until(lambda: saved(run), "a checkpoint")
     on_slurm.run("scontrol", "requeue", job_id(run))
     # Until then it goes on taking steps, which would be counted for the next attempt's.
     until(lambda: has_no_process(run), "the first attempt's end")
     seen = len(steps(run))
     on_slurm.start_now(job_id(run))
-    until(lambda: len(steps(run)) > seen + 2, "steps of the next attempt", 120)
+    until(lambda: len(steps(run)) > seen + 2, "steps of the next attempt")
     on_slurm.run("scancel", job_id(run))
     on_slurm.wait(job_id(run), "CANCELLED")
     until(lambda: has_no_process(run), "the rank's end")
     assert on_slurm.job(job_id(run))["JobState"] == "CANCELLED", "not started again"
     assert steps(run) == list(range(1, len(steps(run)) + 1))
     until(lambda: len(ledger.entries(run)) == 2, "the second attempt's line")
-    at_most_two_again(ledger.entries(run))
+    few_again(ledger.entries(run))
 
 
 def test_a_controller_that_is_away_when_a_run_asks_to_be_started_again(
     on_slurm: Cluster, start_demo: Start, tmp_path: Path
 ) -> None:
-    run = start_demo("away", OFTEN, ENDLESS)
+    run = start_demo("away", OFTEN)
     attempt, script = Attempt(run, job_id(run), 0), script_of(run)
     os.kill(script, signal.SIGSTOP)
     for pid in (script, rank_of(run)):
@@ -149,13 +150,13 @@ def test_a_controller_that_is_away_when_a_run_asks_to_be_started_again(
         assert [path.name for path in run.directory.parent.iterdir()] == ["away"]
         unheard = "Unable to contact slurm controller"
         log = run.batch_log(job_id(run))
-        until(lambda: f"slurm_load_jobs error: {unheard}" in log.read_text(), "the question", 60)
+        until(lambda: f"slurm_load_jobs error: {unheard}" in log.read_text(), "the question")
         assert not attempt.ended.exists()
-    until(whole(attempt.ended), "the end of the attempt", 60)
+    until(whole(attempt.ended), "the end of the attempt")
     last = shortened(run)
     on_slurm.start_now(job_id(run))
     completed(on_slurm, run, last)
-    at_most_two_again(ledger.entries(run))
+    few_again(ledger.entries(run))
 
 
 @pytest.mark.parametrize("signalled", [False, True], ids=["TERM", "USR1"])
@@ -164,7 +165,7 @@ def test_a_preempted_run_goes_on_when_there_is_room(
 ) -> None:
     """Slurm sends the signal that a job has asked for only where the site says so."""
     with on_slurm.configured("SlurmctldParameters=preempt_send_user_signal" if signalled else ""):
-        run = start_demo("low", OFTEN, ENDLESS, "slurm.partition=low", "slurm.signal_lead=30")
+        run = start_demo("low", OFTEN, "slurm.partition=low", "slurm.signal_lead=30")
         high = ("sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", *QUIET)
         first = on_slurm.run(*high).strip()
         on_slurm.wait(first, "COMPLETED")
@@ -174,7 +175,7 @@ def test_a_preempted_run_goes_on_when_there_is_room(
     before, _ = entries = ledger.entries(run)
     assert before.exit_code == 75
     assert ("SIGUSR1" if signalled else "SIGTERM") in before.why
-    at_most_two_again(entries)
+    few_again(entries)
     assert before.last_step == (entries[1].first_step or 0) - 1, "it had saved"
 
 
@@ -183,16 +184,19 @@ def test_a_full_disk_costs_checkpoints_and_records_but_not_the_run(
 ) -> None:
     log = tmp_path / "log"
 
-    def said(what: str) -> bool:
-        return what in log.read_text()
+    def said(what: str) -> int:
+        return log.read_text().count(what)
 
     with disks.disk(tmp_path / "small", "50m") as small:
-        run = start_demo("full", OFTEN, ENDLESS, f"base_out_path={small}", f"log_file={log}")
+        run = start_demo("full", OFTEN, f"base_out_path={small}", f"log_file={log}")
         for what in ("metrics.jsonl: cannot be written", "the checkpoint of step"):
             # Again and again: a checkpoint that was not finished is removed, which makes room.
-            until(lambda what=what: disks.fill(small) and said(what), f"the warning: {what}", 60)
+            until(lambda what=what: disks.fill(small) and said(what), f"the warning: {what}")
+        again = "metrics.jsonl: can be written again; records lost: "
+        disks.fill(small)
+        before = said(again)
         disks.fill(small).unlink()
-        until(lambda: said("metrics.jsonl: can be written again; records lost: "), "records", 60)
+        until(lambda: said(again) > before, "records")
         hlrlhf("cancel", "--save", "full")
         done, last = steps(run)[-1], shortened(run)
         hlrlhf("resume", "full", "--wait")
@@ -204,27 +208,30 @@ def test_a_full_disk_costs_checkpoints_and_records_but_not_the_run(
 
 
 def test_a_run_whose_directory_is_deleted_ends(on_slurm: Cluster, start_demo: Start) -> None:
-    run = start_demo("gone", OFTEN, ENDLESS, "slurm.requeue_on_failure=true")
+    run = start_demo("gone", OFTEN, "slurm.requeue_on_failure=true")
+    rank = rank_of(run)
+    os.kill(rank, signal.SIGSTOP)  # what it makes meanwhile would be in the way
     shutil.rmtree(run.directory)
-    on_slurm.wait(runs.find("gone").job().id, "FAILED", seconds=60)  # type: ignore[union-attr]
+    os.kill(rank, signal.SIGCONT)
+    on_slurm.wait(runs.find("gone").job().id, "FAILED")  # type: ignore[union-attr]
     assert not run.directory.exists()
 
 
 def test_a_rank_that_hangs_is_named_and_the_run_started_again(
     on_slurm: Cluster, start_demo: Start
 ) -> None:
-    two = ("devices_per_node=2", "mbs=8", "guard.hang=0.25", "slurm.requeue_on_failure=true")
-    run = start_demo("hung", OFTEN, ENDLESS, *two)
+    two = ("devices_per_node=2", "mbs=8", "guard.hang=0.5", "slurm.requeue_on_failure=true")
+    run = start_demo("hung", OFTEN, *two)
     until(lambda: saved(run), "a checkpoint")
     os.kill(rank_of(run, 1), signal.SIGSTOP)
-    until(whole(Attempt(run, job_id(run), 0).ended), "the end of the attempt", 120)
+    until(whole(Attempt(run, job_id(run), 0).ended), "the end of the attempt")
     last = shortened(run)
     on_slurm.start_now(job_id(run))
     completed(on_slurm, run, last)
     first, second = ledger.entries(run)
     assert "rank 1 does not answer" in first.why
     assert second.exit_code == 0
-    at_most_two_again([first, second])
+    few_again([first, second])
 
 
 def test_a_device_that_does_not_answer_costs_its_node_the_next_attempt(
@@ -247,7 +254,7 @@ def test_a_device_that_does_not_answer_costs_its_node_the_next_attempt(
         f"environment.setup={list(setup)!r}",
         wait=False,
     )
-    until(whole(Attempt(run, job_id(run), 0).ended), "the end of the attempt", 120)
+    until(whole(Attempt(run, job_id(run), 0).ended), "the end of the attempt")
     on_slurm.start_now(job_id(run))
     completed(on_slurm, run, 3)
     first, second = ledger.entries(run)

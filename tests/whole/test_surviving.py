@@ -10,7 +10,7 @@ import sys
 
 import pytest
 from cluster import Cluster, job_id, until, whole
-from demo_run import ENDLESS, Start, completed, ends, hlrlhf, rank_of, shortened, steps
+from demo_run import Start, completed, ends, hlrlhf, rank_of, shortened, steps
 
 from hlrlhf import runs
 from hlrlhf.jobs.states import look
@@ -22,20 +22,22 @@ def test_warned_and_requeued_a_run_ends_as_one_that_never_was(
     on_slurm: Cluster, start_demo: Start
 ) -> None:
     """Twice: Slurm warns the script, and the rank saves and asks for more time."""
-    through = start_demo("through")
-    run = start_demo("warned")
+    steady = "optimizer.lr_scheduler=constant"  # the others know of the last step
+    run = start_demo("warned", steady)
     for attempt in range(2):
         on_slurm.run("scancel", "--batch", "--signal=USR1", job_id(run))
         until(whole(runs.Attempt(run, job_id(run), attempt).ended), "the stop")
         seen = len(steps(run))
         if attempt == 0:
             on_slurm.start_now(job_id(run))
-            until(lambda n=seen: len(steps(run)) > n, "the next step", 120)
+            until(lambda n=seen: len(steps(run)) > n, "the next step")
     (line,) = [row for row in hlrlhf("status", "warned").stdout.splitlines() if "warned" in row]
     assert f" {seen} " in line
+    last = shortened(run)
     on_slurm.start_now(job_id(run))
-    completed(on_slurm, run)
-    on_slurm.wait(job_id(through), "COMPLETED")
+    through = start_demo("through", f"run_steps={last}", steady)
+    completed(on_slurm, run, last)
+    completed(on_slurm, through, last)
     assert ends(run) == ends(through)
     names = [folder.name for folder in run.checkpoints.iterdir()]
     assert names == ["final"], "it went on, so that nobody needs its models of before"
@@ -45,7 +47,7 @@ def test_warned_and_requeued_a_run_ends_as_one_that_never_was(
 
 
 def test_saved_and_cancelled_a_run_can_be_resumed(on_slurm: Cluster, start_demo: Start) -> None:
-    run = start_demo("paused", ENDLESS)
+    run = start_demo("paused")
     assert "has not ended" in hlrlhf("resume", "paused", code=2).stderr
     first = job_id(run)
     said = hlrlhf("cancel", "--save", "paused").stderr
@@ -63,11 +65,12 @@ def test_saved_and_cancelled_a_run_can_be_resumed(on_slurm: Cluster, start_demo:
 
 def test_a_rank_that_is_killed_is_started_again(on_slurm: Cluster, start_demo: Start) -> None:
     run = start_demo("killed", "slurm.requeue_on_failure=true", "checkpoint.interval=2")
-    until(lambda: (run.resume / "step-2").exists(), "a checkpoint")
+    until(lambda: runs.saved(run), "a checkpoint")
     os.kill(rank_of(run), signal.SIGKILL)
     until(whole(runs.Attempt(run, job_id(run), 0).ended), "the end of the attempt")
+    last = shortened(run)
     on_slurm.start_now(job_id(run))
-    completed(on_slurm, run)
+    completed(on_slurm, run, last)
     first = runs.Attempt(run, job_id(run), 0).heard()
     assert first is not None
     assert "SIGKILL" in first.why
@@ -76,13 +79,13 @@ def test_a_rank_that_is_killed_is_started_again(on_slurm: Cluster, start_demo: S
 def test_out_of_time_a_run_stops_by_itself_and_not_for_ever(
     on_slurm: Cluster, start_demo: Start
 ) -> None:
-    """Slurm ends it after a minute, and sends no signal before."""
-    run = start_demo("late", "slurm.time=1", "slurm.max_attempts=2", "run_steps=9999")
+    """Slurm ends it after two minutes, and sends no signal before."""
+    run = start_demo("late", "slurm.time=2", "slurm.max_attempts=2", wait=False)
     for attempt in range(2):
         own = runs.Attempt(run, job_id(run), attempt)
         if attempt:
             on_slurm.start_now(job_id(run))
-        until(whole(own.ended), "the stop", 90)
+        until(whole(own.ended), "the stop")
     on_slurm.wait(job_id(run), "FAILED")
     until(lambda: look([run])[0].finished, "accounting")
     (state,) = look([run])
@@ -94,18 +97,18 @@ def test_out_of_time_a_run_stops_by_itself_and_not_for_ever(
 def test_here_a_run_of_the_clusters_goes_on_after_ctrl_c_and_a_killed_launcher_too(
     start_demo: Start,
 ) -> None:
-    run = start_demo("here", ENDLESS)
+    run = start_demo("here")
     hlrlhf("cancel", "--save", "here")
     done = len(steps(run))
     command = [sys.executable, "-m", "hlrlhf", "resume", "--local", "here"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        until(lambda: len(steps(run)) > done, "the next step", 120)
+        until(lambda: len(steps(run)) > done, "the next step")
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 75
     again = len(steps(run))
     assert again > done
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        until(lambda: len(steps(run)) > again, "the next step", 120)
+        until(lambda: len(steps(run)) > again, "the next step")
         rank = os.pidfd_open(rank_of(run))
         process.kill()
     until(lambda: select.select([rank], [], [], 0)[0], "the rank's end")
