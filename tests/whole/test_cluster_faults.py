@@ -189,14 +189,13 @@ def test_a_full_disk_costs_checkpoints_and_records_but_not_the_run(
 
     with disks.disk(tmp_path / "small", "50m") as small:
         run = start_demo("full", OFTEN, f"base_out_path={small}", f"log_file={log}")
-        for what in ("metrics.jsonl: cannot be written", "the checkpoint of step"):
+        lost = "metrics.jsonl: cannot be written"
+        for what in (lost, "the checkpoint of step"):
             # Again and again: a checkpoint that was not finished is removed, which makes room.
             until(lambda what=what: disks.fill(small) and said(what), f"the warning: {what}")
-        again = "metrics.jsonl: can be written again; records lost: "
-        disks.fill(small)
-        before = said(again)
         disks.fill(small).unlink()
-        until(lambda: said(again) > before, "records")
+        again = "metrics.jsonl: can be written again; records lost: "
+        until(lambda: said(again) == said(lost), "records")
         hlrlhf("cancel", "--save", "full")
         done, last = steps(run)[-1], shortened(run)
         hlrlhf("resume", "full", "--wait")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ from safetensors.torch import load_file
 from same_numbers import records
 
 STEPS, INTERVAL = 6, 2
-# A reward that draws random numbers.
 TESTS = str(Path(__file__).parents[2])
-DRAWN = {"reward__function": "interrupted:score"}
+# A call of the reward function in the third or fourth step.
+THEN = 5
 EVERYTHING = {
+    "reward__function": "interrupted:score",  # draws random numbers
     "generation__top_k": 0,
     "ppo__kl_controller": "adaptive",
     "reward__normalize": True,
@@ -27,8 +29,8 @@ EVERYTHING = {
 ZERO_3 = {"actor__zero_stage": 3, "critic__zero_stage": 3}
 ADAPTERS = {"lora__dim": 4, "only_optimize_lora": True}
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
-    "1 rank": (1, {"actor__dropout": 0.1, "ema__enabled": True, **DRAWN}),
-    "2 ranks": (2, {"critic__dropout": 0.1, **DRAWN}),
+    "1 rank": (1, {"actor__dropout": 0.1, "ema__enabled": True}),
+    "2 ranks": (2, {"critic__dropout": 0.1}),
     "ZeRO 1, adapters alone": (
         2,
         {"actor__zero_stage": 1, "critic__zero_stage": 1, "ema__enabled": True, **ADAPTERS},
@@ -91,11 +93,11 @@ def test_killed_and_gone_on_is_as_if_it_had_not_been(
     expected = ranks.train(through, count, PYTHONPATH=TESTS)
     assert expected.codes == [0] * count, expected.output
 
-    with ranks.running(killed, count, PYTHONPATH=TESTS) as processes:
-        ranks.wait_for((killed / "resume" / f"step-{INTERVAL}").exists, processes)
-    assert any(process.exitcode for process in processes)
+    interrupt = f"{THEN}:0:kill:{killed / 'resume' / f'step-{INTERVAL}'}"
+    run = ranks.train(killed, count, PYTHONPATH=TESTS, INTERRUPT=interrupt)
+    assert run.codes[0] == -signal.SIGKILL, run.output
     run = ranks.train(killed, count, HLRLHF_ATTEMPT="1", PYTHONPATH=TESTS)
 
     assert run.codes == [0] * count, run.output
-    assert "the run goes on after step" in run.output[0]
+    assert f"the run goes on after step {INTERVAL}" in run.output[0]
     assert_same(ends(killed), ends(through))
