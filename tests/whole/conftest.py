@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster, until
-from demo_run import Start, hlrlhf, steps
+from demo_run import ENDLESS, Start, hlrlhf, steps
 
 from hlrlhf import runs
 from hlrlhf.runs import Run
@@ -22,11 +22,7 @@ SECRET = "hf_nobody-may-read-this"
 def start_demo(
     on_slurm: Cluster, demo_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Start]:
-    """Start a run of one rank; unless it is not to wait, it has taken some steps by then.
-
-    It has more steps than any machine takes before a command has been heard, unless told
-    otherwise.
-    """
+    """Start a run of one rank; unless it is not to wait, it has taken some steps by then."""
     monkeypatch.chdir(tmp_path)
     # One thread each, so that all runs add up in one order.
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -42,7 +38,7 @@ def start_demo(
             f"critic.model_path={demo_models / 'reward'}",
             f"dataset.path={demo_models / 'prompts' / 'train.jsonl'}",
             f"environment.python={sys.executable}",
-            *("devices_per_node=1", "gbs=16", "mbs=16", "epochs=99", "run_steps=9999"),
+            *("devices_per_node=1", "gbs=16", "mbs=16", "epochs=99", f"run_steps={ENDLESS}"),
             *("evaluation.interval=0", f"tag={tag}", *flags),
         )
         hlrlhf("submit", "--preset", "demo", *(f"--set={flag}" for flag in every))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster, job_id, until
+from demo_run import rank_of
 from ranks import read_lines
 
 from hlrlhf import runs
@@ -68,9 +69,9 @@ def steps(run: Run) -> list[tuple[int, int]]:
     return [(line["attempt"], line["step"]) for line in read_lines(lines)]
 
 
-def process(run: Run, rank: int, attempt: int = 0) -> int | None:
-    """The process id of a rank, while it lives."""
-    wanted = {f"RANK={rank}", f"HLRLHF_ATTEMPT={attempt}", f"HLRLHF_JOB={job_id(run)}"}
+def process(run: Run, attempt: int = 0) -> int | None:
+    """The process id of the first rank of an attempt, while it lives."""
+    wanted = {"RANK=0", f"HLRLHF_ATTEMPT={attempt}", f"HLRLHF_JOB={job_id(run)}"}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             command = (folder / "cmdline").read_bytes().split(b"\0")
@@ -82,9 +83,7 @@ def process(run: Run, rank: int, attempt: int = 0) -> int | None:
 
 def test_a_killed_rank_is_named(on_slurm: Cluster, start: Start) -> None:
     run = start("num_nodes=2", "devices_per_node=1", "mbs=16")
-    rank = process(run, rank=1)
-    assert rank is not None
-    os.kill(rank, signal.SIGKILL)
+    os.kill(rank_of(run, 1), signal.SIGKILL)
     on_slurm.wait(job_id(run), "FAILED")
     until(lambda: look([run])[0].finished, "accounting")
     (state,) = look([run])
@@ -103,8 +102,8 @@ def test_an_attempt_on_a_node_that_was_taken_for_dead_leaves_the_run_to_the_next
     job = job_id(run)
     with on_slurm.without(look([run])[0].node_list):
         on_slurm.start_now(job)
-        assert process(run, rank=0) is not None, "it lives on"
-        until(lambda: process(run, rank=0) is None, "the end of the older attempt")
+        assert process(run) is not None, "it lives on"
+        until(lambda: process(run) is None, "the end of the older attempt")
         until(lambda: [n for n, _ in steps(run)].count(1) > 1, "two steps of the newer one")
         attempts = [attempt for attempt, _ in steps(run)]
         assert attempts == sorted(attempts), "the older one wrote nothing beside the newer"
@@ -113,10 +112,12 @@ def test_an_attempt_on_a_node_that_was_taken_for_dead_leaves_the_run_to_the_next
     said = runs.Attempt(run, job, 0).heard()
     assert said is not None
     assert "a newer attempt at this run has begun" in said.why
-    until(lambda: process(run, rank=0, attempt=1) is None, "the end of the newer attempt")
+    until(lambda: process(run, attempt=1) is None, "the end of the newer attempt")
     saved = runs.saved(run)
     assert saved is not None
     assert (run.resume / f"step-{saved.step}").is_dir()
+    # Of its last step, or of one at most two before where Slurm left it no time.
+    assert 0 <= steps(run)[-1][1] - saved.step <= 2
 
 
 def test_a_preempted_run_saves_within_its_grace(on_slurm: Cluster, start: Start) -> None:

@@ -16,7 +16,7 @@ import containers
 import pytest
 from cluster import LEAVE, Cluster, job_id, until, whole
 from containers import Docker
-from demo_run import shortened
+from demo_run import ENDLESS, shortened
 from ranks import read_lines
 
 from hlrlhf import runs
@@ -115,7 +115,7 @@ def ended(run: Run) -> str:
     """Wait for the end of the batch script; its exit code."""
     file = run.logs / f"{job_id(run)}.0.exit"
     try:
-        until(lambda: file.exists() and file.read_text(), f"the end of {run.name}")
+        until(whole(file), f"the end of {run.name}")
     except TimeoutError as error:
         raise AssertionError(said(run)) from error
     return file.read_text().splitlines()[0]
@@ -138,7 +138,7 @@ def test_a_run_in_containers_trains_to_its_end(
 def test_a_warned_run_in_containers_saves_is_requeued_and_goes_on(
     on_slurm: Cluster, docker: Docker, submit: Callable[..., Run]
 ) -> None:
-    run = submit(run_steps=9999, epochs=99, slurm__signal_lead=60, slurm__requeue=True)
+    run = submit(run_steps=ENDLESS, epochs=99, slurm__signal_lead=60, slurm__requeue=True)
     trains(run)
     # To the batch shell, as Slurm warns.
     on_slurm.run("scancel", "--batch", "--signal=USR1", job_id(run))
